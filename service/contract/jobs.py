@@ -1,0 +1,207 @@
+"""What a job is: one args class per kind, its lane, how often and how long it may run.
+
+A kind string is for ever: a row written today is worked years from now. `tests/service/contract/test_jobs.py` freezes
+the list, append-only. A job carries ids, never documents.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Final, Literal
+
+from pydantic import Field, StrictBool, StrictInt, TypeAdapter
+
+from service.contract.recipe import Recipe
+from service.contract.word import Id, ModalityName, Name, Text, Word
+
+Lane = Literal["train", "bulk"]
+State = Literal["scheduled", "queued", "running", "succeeded", "failed", "cancelled"]
+Status = Literal["queued", "running", "cancelling", "succeeded", "failed", "cancelled"]
+FINISHED: Final[frozenset[State]] = frozenset({"succeeded", "failed", "cancelled"})
+
+
+class Holdout(Word):
+    """The share of a data set that training never sees."""
+
+    fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    seed: Annotated[StrictInt, Field(ge=0, le=2**31)] = 0
+    group_by: Annotated[
+        Text | None,
+        Field(
+            description="a metadata field (a JSON member's key or a column): its groups stay on one side",
+            max_length=200,
+        ),
+    ] = None
+
+
+class IngestArgs(Word):
+    """Read a data set, validate every sample, write the good ones in our own layout."""
+
+    kind: Literal["ingest"] = "ingest"
+    dataset: Id
+    source: Annotated[Text, Field(description="URI of what was uploaded or registered")]
+    modalities: Annotated[
+        dict[ModalityName, Text] | None,
+        Field(description="modality -> member extension or column; null: recognised by extension and column name"),
+    ] = None
+    max_bad_fraction: Annotated[float, Field(ge=0, le=1)] = 0.1
+    holdout: Holdout | None = None
+
+
+class TrainArgs(Word):
+    """Train a recipe into a model."""
+
+    kind: Literal["train"] = "train"
+    recipe: Recipe
+    name: Annotated[Name | None, Field(description="an alias that the new model takes over when it is ready")] = None
+
+
+class EmbedArgs(Word):
+    """Embed one modality of a data set with a model into an embedding set."""
+
+    kind: Literal["embed"] = "embed"
+    model: Annotated[Id, Field(description="a model's id or alias, or job_x@latest, job_x@<step>")]
+    dataset: Id
+    modality: ModalityName
+    split: Literal["train", "holdout", "all"] = "all"
+    batch_size: Annotated[StrictInt, Field(ge=1, le=65_536)] = 256
+
+
+class EvaluateArgs(Word):
+    """Measure a model on held-out data: recall@k for every pair, zero-shot accuracy for every labelled modality."""
+
+    kind: Literal["evaluate"] = "evaluate"
+    model: Annotated[Id, Field(description="a model's id or alias, or job_x@latest, job_x@<step>")]
+    datasets: Annotated[list[Id], Field(min_length=1, max_length=64)]
+    split: Annotated[
+        Literal["holdout", "train", "all"],
+        Field(description="train and all are refused for data the model learned from unless allow_training_data"),
+    ] = "holdout"
+    allow_training_data: StrictBool = False
+    ks: Annotated[
+        list[Annotated[StrictInt, Field(ge=1, le=1000)]] | None,
+        Field(description="the k of recall@k; null: 1, 5, 10", min_length=1, max_length=10),
+    ] = None
+    prompts: Annotated[
+        dict[Text, list[Text]] | None,
+        Field(description="label -> prompts for zero-shot; null: the captions of the label's training samples"),
+    ] = None
+    max_samples: Annotated[StrictInt, Field(ge=2, le=100_000, description="per data set, drawn with the seed")] = 2000
+    seed: Annotated[StrictInt, Field(ge=0, le=2**31)] = 0
+
+
+JobArgs = Annotated[IngestArgs | TrainArgs | EmbedArgs | EvaluateArgs, Field(discriminator="kind")]
+"""Every kind of job that a worker of this version runs."""
+
+SubmittableArgs = Annotated[TrainArgs | EmbedArgs | EvaluateArgs, Field(discriminator="kind")]
+"""The kinds that a caller creates with POST /v1/jobs; an ingest job comes with its data set."""
+
+args_adapter: TypeAdapter[IngestArgs | TrainArgs | EmbedArgs | EvaluateArgs] = TypeAdapter(JobArgs)
+
+KINDS: Final = ("ingest", "train", "embed", "evaluate")
+
+
+class Policy(Word):
+    """How the queue treats a kind."""
+
+    lane: Lane
+    max_attempts: int
+    deadline_s: float
+    unit: str
+
+
+POLICIES: Final[dict[str, Policy]] = {
+    "ingest": Policy(lane="bulk", max_attempts=5, deadline_s=24 * 3600, unit="samples"),
+    "train": Policy(lane="train", max_attempts=3, deadline_s=30 * 24 * 3600, unit="steps"),
+    "embed": Policy(lane="bulk", max_attempts=5, deadline_s=24 * 3600, unit="samples"),
+    "evaluate": Policy(lane="bulk", max_attempts=5, deadline_s=24 * 3600, unit="samples"),
+}
+
+
+class Reject(Word):
+    """A sample that ingest refused."""
+
+    key: str
+    reason: str
+
+
+class IngestResult(Word):
+    """What ingest found; `artifact` is the data set's directory in the store."""
+
+    kind: Literal["ingest"] = "ingest"
+    artifact: str
+    num_samples: int
+    num_rejected: int
+    rejects: Annotated[list[Reject], Field(description="the first ones")]
+    modalities: Annotated[dict[str, str], Field(description="modality -> medium")]
+    splits: Annotated[dict[str, int], Field(description="split -> samples")]
+    labels: Annotated[list[str], Field(description="distinct class labels, at most 1,000")]
+    statistics: Annotated[
+        dict[str, dict[str, float]], Field(description="modality -> figure -> value, with units in the name")
+    ]
+    digest: str
+    num_bytes: int
+
+
+class TrainResult(Word):
+    """A trained model; the queue writes its row in the transaction that ends the job."""
+
+    kind: Literal["train"] = "train"
+    artifact: str
+    modalities: list[str]
+    dimensions: int
+    logit_scales: Annotated[
+        dict[str, float], Field(description="pair -> scale, pairs named a+b in order of the alphabet")
+    ]
+    metrics: dict[str, float]
+    digest: str
+    num_bytes: int
+
+
+class EmbedResult(Word):
+    """An embedding set."""
+
+    kind: Literal["embed"] = "embed"
+    artifact: str
+    model: str
+    model_digest: str
+    modality: str
+    num_vectors: int
+    dimensions: int
+    num_bytes: int
+
+
+class EvaluateResult(Word):
+    """A report, `report.json` among the job's files."""
+
+    kind: Literal["evaluate"] = "evaluate"
+    artifact: str
+    summary: dict[str, float]
+
+
+JobResult = Annotated[IngestResult | TrainResult | EmbedResult | EvaluateResult, Field(discriminator="kind")]
+result_adapter: TypeAdapter[IngestResult | TrainResult | EmbedResult | EvaluateResult] = TypeAdapter(JobResult)
+
+
+def status_of(state: State, *, cancel_requested: bool) -> Status:
+    """Translate a row's state into the status that the API shows."""
+    if state == "scheduled":
+        return "queued"
+    if state == "running" and cancel_requested:
+        return "cancelling"
+    return state
+
+
+def inputs_of(args: IngestArgs | TrainArgs | EmbedArgs | EvaluateArgs) -> list[str]:
+    """List the data sets and models that a job reads, as the caller named them, without repeats."""
+    match args:
+        case IngestArgs():
+            return []
+        case TrainArgs():
+            return list(dict.fromkeys(pair.dataset for pair in args.recipe.pairs))
+        case EmbedArgs():
+            return [args.model, args.dataset]
+        case EvaluateArgs():
+            return [args.model, *dict.fromkeys(args.datasets)]
+
+
+JsonObject = dict[str, Any]

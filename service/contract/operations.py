@@ -1,0 +1,235 @@
+"""The online operations: what a request to embed, tokenise, classify or compose says, and what the answer looks like.
+
+Where an existing client could work unchanged its shape is followed exactly: OpenAI for embeddings, Jina for classify.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, StrictBool, StrictInt, StrictStr
+
+from service.contract.items import Item, Items
+from service.contract.word import Id, ModalityName, Word
+
+TopK = Annotated[StrictInt, Field(ge=1, le=10_000)]
+
+
+class EmbeddingsRequest(Word):
+    """Items to embed (OpenAI's shape, every kind of item)."""
+
+    model: Id
+    input: Items
+    modality: Annotated[
+        ModalityName | list[ModalityName] | None,
+        Field(description="what the strings of `input` are (URIs or base64 for media); one for all, or one for each"),
+    ] = None
+    encoding_format: Literal["float", "base64"] = "float"
+    dimensions: Annotated[StrictInt | None, Field(ge=1, description="cut to the first n, then normalise again")] = None
+    truncate: Annotated[StrictBool, Field(description="cut text that is too long instead of refusing it")] = False
+    user: Annotated[StrictStr | None, Field(description="accepted and ignored")] = None
+
+
+class Embedding(Word):
+    """One vector: unit length, or base64 of little-endian float32."""
+
+    object: Literal["embedding"] = "embedding"
+    index: int
+    embedding: list[float] | str
+    modality: str
+
+
+class Usage(Word):
+    """Tokens that the model read: text ids, image patches, sound patches."""
+
+    prompt_tokens: int
+    total_tokens: int
+
+
+class EmbeddingsResponse(Word):
+    """The vectors, in the order of the input."""
+
+    object: Literal["list"] = "list"
+    data: list[Embedding]
+    model: str
+    usage: Usage
+
+
+class TokenizeRequest(Word):
+    """Items to tokenise with a model's own tokenisers."""
+
+    model: Id
+    input: Items
+    modality: ModalityName | list[ModalityName] | None = None
+    truncate: StrictBool = False
+
+
+class Tokens(Word):
+    """The sequences that the model sees for one item: usually one, several for windowed sound."""
+
+    index: int
+    modality: str
+    tokens: Annotated[
+        list[list[int]] | list[list[list[float]]],
+        Field(description="[window][token] ids, or [window][token][value] vectors"),
+    ]
+    num_tokens: int
+
+
+class TokenizeResponse(Word):
+    """Tokens, in the order of the input; each can be sent back as {"modality", "tokens"}."""
+
+    object: Literal["list"] = "list"
+    data: list[Tokens]
+    model: str
+
+
+class ClassifyRequest(Word):
+    """Items to classify with labels that the model was never trained on (zero-shot)."""
+
+    model: Id
+    input: Items
+    modality: ModalityName | list[ModalityName] | None = None
+    labels: Annotated[
+        list[StrictStr] | dict[StrictStr, Annotated[list[Item], Field(min_length=1, max_length=1000)]],
+        Field(description="labels for the templates, or label -> prompts (any items of the model's)", min_length=1),
+    ]
+    templates: Annotated[
+        list[StrictStr] | None,
+        Field(description="each holds {}, which takes the label; null: the bare label", min_length=1),
+    ] = None
+    ensemble: Annotated[
+        Literal["score", "embedding"],
+        Field(
+            description="score: log mean exp over a label's prompts, the estimator of the theory (Oko et al. 2025); "
+            "embedding: mean of the prompts' unit vectors (CLIP)"
+        ),
+    ] = "score"
+    prior: Annotated[
+        dict[StrictStr, Annotated[float, Field(ge=0)]] | None,
+        Field(description="label -> prior probability; missing labels are 0; scaled to sum 1; null: uniform"),
+    ] = None
+    multi_label: Annotated[
+        StrictBool, Field(description="score each label on its own, against the rest of the prompts")
+    ] = False
+    top_k: TopK | None = None
+    truncate: StrictBool = False
+
+
+class Prediction(Word):
+    """A label with its probability and the log-ratio behind it."""
+
+    label: str
+    score: float
+    logit: float
+
+
+class Classification(Word):
+    """The labels of one item, best first."""
+
+    object: Literal["classification"] = "classification"
+    index: int
+    prediction: str
+    score: float
+    predictions: list[Prediction]
+
+
+class ClassifyResponse(Word):
+    """Classifications, in the order of the input."""
+
+    object: Literal["list"] = "list"
+    data: list[Classification]
+    model: str
+    usage: Usage
+
+
+class Leg(Word):
+    """One step of a composition: a model and the trained pair of it that is walked."""
+
+    model: Id
+    from_: Annotated[ModalityName, Field(alias="from")]
+    to: ModalityName
+
+
+class EmbeddingSetRef(Word):
+    """An embedding set made by an embed job."""
+
+    embeddings: Id
+
+
+class ComposeRequest(Word):
+    """Questions across modalities: each source item against every target, through a bridge."""
+
+    source: Items
+    target: Items | EmbeddingSetRef
+    model: Annotated[Id | None, Field(description="one model that holds both legs; or give `legs`")] = None
+    legs: Annotated[list[Leg] | None, Field(min_length=1, max_length=8)] = None
+    source_modality: Annotated[ModalityName | None, Field(description="what bare strings in `source` are")] = None
+    target_modality: Annotated[ModalityName | None, Field(description="what bare strings in `target` are")] = None
+    through: Annotated[
+        ModalityName | EmbeddingSetRef | Annotated[list[Item], Field(min_length=1)] | None,
+        Field(
+            description="the bridge: a modality (its bank is used), items, or an embedding set; null: the model's bank"
+        ),
+    ] = None
+    method: Annotated[
+        Literal["auto", "direct", "marginal"],
+        Field(
+            description="direct: compare the vectors; "
+            "marginal: log-sum-exp over bridge samples (Che & Eysenbach 2025, Lemma 1); auto: direct for a trained pair, marginal otherwise"
+        ),
+    ] = "auto"
+    prior: Annotated[
+        list[Annotated[float, Field(ge=0)]] | None,
+        Field(description="prior weight of each target, scaled to sum 1; null: uniform over the targets"),
+    ] = None
+    top_k: TopK = 10
+    truncate: StrictBool = False
+
+
+class Match(Word):
+    """A target: log p(target | source) - log p(target), where the method states one."""
+
+    index: int
+    score: Annotated[float, Field(description="what the ranking went by")]
+    log_ratio: float | None
+    standard_error: Annotated[float | None, Field(description="of log_ratio, over the draw of the bridge")]
+    posterior: Annotated[float | None, Field(description="p(this target | source, one of the targets)")]
+
+
+class Diagnostics(Word):
+    """How far the answer for one source item can be trusted."""
+
+    method: Literal["direct", "marginal"]
+    reason: str
+    through: str | None
+    bridge_size: int | None
+    effective_sample_size: Annotated[float | None, Field(description="median over the targets (Kish)")]
+    bridge_resultant: Annotated[
+        float | None, Field(description="length of the mean unit bridge vector: direct ranking suffers above about .3")
+    ]
+    direct_marginal_spearman: Annotated[
+        float | None,
+        Field(description="rank agreement of the two methods over the targets; null where only one is defined"),
+    ]
+    normalised: Annotated[bool, Field(description="the offsets log mean_b e^f of each leg are removed")]
+    value_trusted: Annotated[bool, Field(description="false: trust the order, not the numbers")]
+    warnings: list[str]
+
+
+class Composition(Word):
+    """The matches of one source item, best first."""
+
+    object: Literal["composition"] = "composition"
+    index: int
+    matches: list[Match]
+    diagnostics: Diagnostics
+
+
+class ComposeResponse(Word):
+    """Compositions, in the order of the sources."""
+
+    object: Literal["list"] = "list"
+    data: list[Composition]
+    models: list[str]
+    usage: Usage

@@ -1,0 +1,93 @@
+"""The wire between the API and the inference process: a call or an answer as safetensors bytes.
+
+The header of safetensors carries one JSON document under `call`; the tensors follow as raw little-endian memory. Numpy
+only: the API never opens weights and never loads torch. bf16 does not exist here (numpy has no such type).
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from typing import Annotated, Any, Final, Literal
+
+import numpy as np
+from pydantic import Field, TypeAdapter
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
+
+from service.contract.errors import Malformed
+from service.contract.word import Word
+
+MAX_HEADER_BYTES: Final = 16 << 20
+Arrays = dict[str, np.ndarray]
+
+
+class ModelRef(Word):
+    """A model as the store knows it: where it lies, and what it must be."""
+
+    artifact: str
+    digest: str
+
+
+class EmbedCall(Word):
+    """Embed sequences of one modality with one model.
+
+    Tensors: `values` (token) ids or (token, dim) vectors, all sequences end to end; `lengths` (sequence,) int32;
+    `owners` (sequence,) int32, the item that each belongs to, ascending. Answer: `vectors` (item, dimensions) float32,
+    unit length: the mean of an item's unit vectors, normalised again.
+    """
+
+    op: Literal["embed"] = "embed"
+    model: ModelRef
+    modality: str
+
+
+class ComposeLeg(Word):
+    """One leg: the pair (from, to) of a model."""
+
+    model: ModelRef
+    from_: Annotated[str, Field(alias="from")]
+    to: str
+
+
+class ComposeCall(Word):
+    """Compose vectors that were embedded before.
+
+    Tensors: `source` (source, d1) in legs[0].from, `target` (target, d2) in legs[-1].to, and, unless `bank`,
+    `bridge.0` (bridge, d1) and `bridge.1` (bridge, d2): the same bridge items under each leg's model.
+    Answer: `index` `score` `log_ratio` `standard_error` (source, k), `log_normaliser` (source,): log of the sum over
+    all targets of prior * ratio, and the diagnostics in the document.
+    """
+
+    op: Literal["compose"] = "compose"
+    legs: list[ComposeLeg]
+    method: Literal["direct", "marginal"]
+    bank: Annotated[bool, Field(description="take the bridge from the models' banks")]
+    log_prior: Annotated[bool, Field(description="`log_prior` (target,) is among the tensors")] = False
+    top_k: int
+
+
+Call = Annotated[EmbedCall | ComposeCall, Field(discriminator="op")]
+call_adapter: TypeAdapter[EmbedCall | ComposeCall] = TypeAdapter(Call)
+
+
+def pack(document: dict[str, Any], arrays: Arrays) -> bytes:
+    """Write a document and its arrays as one block of safetensors bytes."""
+    contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    return save(contiguous, metadata={"call": json.dumps(document, separators=(",", ":"))})
+
+
+def unpack(body: bytes) -> tuple[dict[str, Any], Arrays]:
+    """Read what `pack` wrote.
+
+    Raises Malformed if the bytes are anything else.
+    """
+    try:
+        (header_bytes,) = struct.unpack_from("<Q", body)
+        if header_bytes > MAX_HEADER_BYTES:
+            raise Malformed("the header is too large")
+        header = json.loads(body[8 : 8 + header_bytes])
+        document = json.loads(header["__metadata__"]["call"])
+        return document, load(body)
+    except (struct.error, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise Malformed("these bytes are not a call") from error
