@@ -176,7 +176,8 @@ class ComposeRequest(Word):
         Literal["auto", "direct", "marginal"],
         Field(
             description="direct: compare the vectors; "
-            "marginal: log-sum-exp over bridge samples (Che & Eysenbach 2025, Lemma 1); auto: direct for a trained pair, marginal otherwise"
+            "marginal: log-sum-exp over bridge samples (Che & Eysenbach 2025, Lemma 1); "
+            "auto: direct for a trained pair, marginal otherwise"
         ),
     ] = "auto"
     prior: Annotated[
