@@ -46,6 +46,7 @@ class Settings(BaseSettings):
     model_cache_bytes: Annotated[int, Field(ge=0, description="weights kept in memory by the inference process")] = (
         4 << 30
     )
+    serve_batch_tokens: Annotated[int, Field(ge=256, description="padded tokens in one batch of inference")] = 16_384
 
     max_body_bytes: Annotated[int, Field(ge=1024, description="JSON bodies")] = 64 << 20
     max_upload_bytes: Annotated[int, Field(ge=1024, description="data set uploads")] = 64 << 30

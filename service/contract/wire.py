@@ -15,7 +15,17 @@ from pydantic import Field, TypeAdapter
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from service.contract.errors import Malformed
+from service.contract.errors import (
+    Conflict,
+    Invalid,
+    IsthmusError,
+    Malformed,
+    NotFound,
+    TooLarge,
+    TooMany,
+    Unauthenticated,
+    Unavailable,
+)
 from service.contract.word import Word
 
 MAX_HEADER_BYTES: Final = 16 << 20
@@ -56,7 +66,8 @@ class ComposeCall(Word):
     Tensors: `source` (source, d1) in legs[0].from, `target` (target, d2) in legs[-1].to, and, unless `bank`,
     `bridge.0` (bridge, d1) and `bridge.1` (bridge, d2): the same bridge items under each leg's model.
     Answer: `index` `score` `log_ratio` `standard_error` (source, k), `log_normaliser` (source,): log of the sum over
-    all targets of prior * ratio, and the diagnostics in the document.
+    all targets of prior * ratio, and the diagnostics in the document (`ComposeAnswer`). Without `log_prior` the prior
+    is uniform, 1 / targets. Where no ratio is defined, `log_ratio`, `standard_error` and `log_normaliser` are NaN.
     """
 
     op: Literal["compose"] = "compose"
@@ -65,6 +76,18 @@ class ComposeCall(Word):
     bank: Annotated[bool, Field(description="take the bridge from the models' banks")]
     log_prior: Annotated[bool, Field(description="`log_prior` (target,) is among the tensors")] = False
     top_k: int
+
+
+class ComposeAnswer(Word):
+    """The document beside a composition's tensors; the lists have one entry for each source."""
+
+    bridge_size: int | None
+    effective_sample_size: Annotated[list[float] | None, Field(description="median over the targets (Kish)")]
+    bridge_resultant: float | None
+    direct_marginal_spearman: Annotated[list[float | None] | None, Field(description="null: not both are defined")]
+    normalised: bool
+    value_trusted: bool
+    warnings: list[str]
 
 
 Call = Annotated[EmbedCall | ComposeCall, Field(discriminator="op")]
@@ -89,5 +112,41 @@ def unpack(body: bytes) -> tuple[dict[str, Any], Arrays]:
         header = json.loads(body[8 : 8 + header_bytes])
         document = json.loads(header["__metadata__"]["call"])
         return document, load(body)
-    except (struct.error, ValueError, KeyError, TypeError, SafetensorError) as error:
+    except (struct.error, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
         raise Malformed("these bytes are not a call") from error
+
+
+ERRORS: Final[dict[str, tuple[type[IsthmusError], int]]] = {
+    cls.__name__: (cls, status)
+    for cls, status in (
+        (Malformed, 400),
+        (Unauthenticated, 401),
+        (NotFound, 404),
+        (Conflict, 409),
+        (TooLarge, 413),
+        (Invalid, 422),
+        (TooMany, 429),
+        (Unavailable, 503),
+    )
+}
+"""What the inference process can answer, by name, and the status that goes with it."""
+
+
+def pack_error(error: IsthmusError) -> tuple[int, bytes]:
+    """Write an error as a status and a JSON envelope; `item` is the item of the call that is to blame."""
+    name = type(error).__name__
+    detail = {"message": error.message, "type": name, "param": error.param, "code": error.code, "item": error.item}
+    return ERRORS[name][1] if name in ERRORS else 500, json.dumps({"error": detail}).encode()
+
+
+def unpack_error(status: int, body: bytes) -> IsthmusError:
+    """Read what `pack_error` wrote; an IsthmusError of no special kind if the bytes are anything else."""
+    try:
+        detail = json.loads(body)["error"]
+        cls, _ = ERRORS[detail["type"]]
+        message, param, code, item = (detail[name] for name in ("message", "param", "code", "item"))
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return IsthmusError(f"the inference process answered {status}", code="inference_failed")
+    if cls is Unavailable:
+        return Unavailable(message, code=code)
+    return cls(message, param=param, code=code, item=item)
