@@ -1,0 +1,1 @@
+"""The demo: a client of the public API like any other, with the data that it teaches."""
