@@ -32,6 +32,7 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.elements import ColumnElement
+from sqlalchemy.sql.functions import FunctionElement
 from sqlalchemy.types import JSON, TypeDecorator
 
 metadata = sa.MetaData(
@@ -77,14 +78,14 @@ class now(ColumnElement[datetime]):  # noqa: N801  # reads as the SQL function i
     inherit_cache = True
 
 
-class after(ColumnElement[datetime]):  # noqa: N801
+class after(FunctionElement[datetime]):  # noqa: N801
     """The database's clock plus a number of seconds (a bind parameter or an expression; may be negative)."""
 
     type = Instant()
-    inherit_cache = False
+    inherit_cache = True  # a function of its clauses, so that a statement built once is compiled once
 
     def __init__(self, seconds: ColumnElement[Any]) -> None:
-        self.seconds = seconds
+        super().__init__(seconds)
 
 
 @compiles(now)
@@ -99,15 +100,16 @@ def _now_sqlite(_element: now, _compiler: Any, **_: Any) -> str:
 
 @compiles(after)
 def _after(element: after, compiler: Any, **options: Any) -> str:
-    return f"(clock_timestamp() + make_interval(secs => {compiler.process(element.seconds, **options)}))"
+    return f"(clock_timestamp() + make_interval(secs => {compiler.process(element.clauses, **options)}))"
 
 
 @compiles(after, "sqlite")
 def _after_sqlite(element: after, compiler: Any, **options: Any) -> str:
-    return f"(isthmus_now() + CAST(({compiler.process(element.seconds, **options)}) * 1000000 AS INTEGER))"
+    return f"(isthmus_now() + CAST(({compiler.process(element.clauses, **options)}) * 1000000 AS INTEGER))"
 
 
-Json = JSON().with_variant(JSONB(), "postgresql")
+# None is SQL's NULL, never JSON's null.
+Json = JSON(none_as_null=True).with_variant(JSONB(none_as_null=True), "postgresql")
 _Big = BigInteger().with_variant(Integer(), "sqlite")  # SQLite's rowid alias must be spelled INTEGER
 
 

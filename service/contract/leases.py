@@ -1,0 +1,306 @@
+"""Workers and the jobs they hold: register, heartbeat, promote, claim, rescue.
+
+A worker row is one start of one process. A job belongs to the worker whose id it carries for as long as that row is
+alive; a running job without a live worker is an orphan, and whichever worker looks first puts it back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import sqlalchemy as sa
+from pydantic import ValidationError
+
+from service.contract import references
+from service.contract.errors import RequestError
+from service.contract.jobs import Lane, State, TrainArgs, args_adapter
+from service.contract.outcomes import add_event, end, give_up
+from service.contract.references import Args, Input
+from service.contract.tables import after, checkpoint, job, job_input, now, worker
+from service.contract.transact import read, transact
+
+_OVERRUN_S: Final = 30.0  # a supervisor kills at the deadline itself; only one that does not is overruled
+_BATCH: Final = 100
+_RUNNING: Final = job.c.state == sa.literal_column("'running'")
+_ttl = after(sa.bindparam("minus_ttl_s", type_=sa.Double))
+
+_HEARTBEAT: Final = (
+    sa.update(worker).where(worker.c.id == sa.bindparam("worker")).values(last_seen=now()).returning(worker.c.draining)
+)
+_LEASES: Final = sa.select(job.c.id, job.c.lease_epoch, job.c.cancel_requested_at.is_not(None).label("cancel")).where(
+    _RUNNING, job.c.worker_id == sa.bindparam("worker")
+)
+_PROMOTE: Final = (
+    sa.update(job)
+    .where(
+        job.c.id.in_(
+            sa.select(job.c.id)
+            .where(job.c.state == sa.literal_column("'scheduled'"), job.c.run_at <= now())
+            .order_by(job.c.run_at)
+            .limit(500)
+            .with_for_update(skip_locked=True)
+        )
+    )
+    .values(state=sa.literal_column("'queued'"))
+)
+# A materialised pick: a plan that joins a limited subquery in a loop could update more rows than the limit.
+_pick = (
+    sa.select(job.c.id)
+    .where(
+        job.c.state == sa.literal_column("'queued'"),
+        job.c.lane == sa.bindparam("at_lane"),
+        job.c.kind.in_(sa.bindparam("kinds", expanding=True)),
+        sa.exists().where(
+            worker.c.id == sa.bindparam("me"), worker.c.draining.is_(sa.false()), worker.c.last_seen > _ttl
+        ),
+    )
+    .order_by(job.c.priority, job.c.fair_seq, job.c.id)
+    .limit(sa.bindparam("num"))
+    .with_for_update(of=job, skip_locked=True)
+    .cte("pick")
+    .prefix_with("MATERIALIZED")
+)
+_CLAIM: Final = (
+    sa.update(job)
+    .where(job.c.id.in_(sa.select(_pick.c.id)))
+    .values(
+        state=sa.literal_column("'running'"),
+        worker_id=sa.bindparam("me"),
+        lease_epoch=job.c.lease_epoch + 1,
+        attempt=job.c.attempt + 1,
+        started_at=now(),
+        deadline_at=after(job.c.deadline_s),
+    )
+    .returning(
+        job.c.id,
+        job.c.public_id,
+        job.c.tenant_id,
+        job.c.lane,
+        job.c.kind,
+        job.c.lease_epoch,
+        job.c.attempt,
+        job.c.max_attempts,
+        job.c.deadline_s,
+        job.c.priority,
+        job.c.fair_seq,
+        job.c.args,
+    )
+)
+_RESUME: Final = (
+    sa.select(checkpoint.c.artifact)
+    .where(checkpoint.c.job_id == sa.bindparam("job_id"))
+    .order_by(checkpoint.c.step.desc())
+)
+_KNOWN_INPUTS: Final = sa.select(job_input.c.ref).where(job_input.c.job_id == sa.bindparam("job_id"))
+_orphan = (
+    sa.select(
+        job.c.id,
+        job.c.public_id,
+        job.c.tenant_id,
+        job.c.lease_epoch,
+        job.c.attempt,
+        job.c.max_attempts,
+        job.c.args,
+        job.c.worker_id,
+        job.c.cancel_requested_at.is_not(None).label("cancel_requested"),
+    )
+    .order_by(job.c.id)
+    .limit(_BATCH)
+    .with_for_update(of=job, skip_locked=True)
+)
+_ORPHANS: Final = _orphan.where(
+    _RUNNING,
+    sa.or_(
+        ~sa.exists().where(worker.c.id == job.c.worker_id, worker.c.last_seen > _ttl),
+        job.c.deadline_at < after(sa.literal_column(str(-_OVERRUN_S), sa.Double)),
+    ),
+)
+_ORPHANS_OF: Final = _orphan.where(_RUNNING, job.c.worker_id.in_(sa.bindparam("workers", expanding=True)))
+_idle = ~sa.exists().where(_RUNNING, job.c.worker_id == worker.c.id)
+_FORGET_STALE: Final = sa.delete(worker).where(worker.c.last_seen < _ttl, _idle)
+_FORGET: Final = sa.delete(worker).where(worker.c.id.in_(sa.bindparam("workers", expanding=True)))
+_NEIGHBOURS: Final = sa.select(worker.c.id, worker.c.pid).where(
+    worker.c.host == sa.bindparam("host"), worker.c.boot == sa.bindparam("boot")
+)
+_DRAIN: Final = sa.update(worker).where(worker.c.id == sa.bindparam("me")).values(draining=True)
+
+
+@dataclass(frozen=True)
+class WorkerInfo:
+    """What a worker says about itself; `id` is new for every start."""
+
+    id: str
+    lanes: list[str]
+    kinds: list[str]
+    host: str
+    boot: str
+    pid: int
+    endpoint: str | None
+    device: str
+    version: str
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A lease: the right to run one job until the epoch grows."""
+
+    id: int
+    public_id: str
+    tenant_id: str
+    lane: str
+    kind: str
+    epoch: int
+    attempt: int
+    max_attempts: int
+    deadline_s: int
+    args: Args
+    inputs: dict[str, Input]
+    """What the job reads, by the name its caller gave it."""
+    resume: list[str]
+    """Of a train job that ran before: its checkpoints' artifacts, newest first."""
+
+
+@dataclass(frozen=True)
+class Lease:
+    """A job that the database says this worker runs."""
+
+    epoch: int
+    cancel_requested: bool
+
+
+@dataclass(frozen=True)
+class Heartbeat:
+    """Whether the worker is still registered."""
+
+    alive: bool
+    draining: bool
+
+
+def register(engine: sa.Engine, info: WorkerInfo) -> None:
+    """Add a worker's row."""
+    row = {**info.__dict__, "draining": False}
+    transact(engine, lambda conn: conn.execute(sa.insert(worker), row))
+
+
+def heartbeat(engine: sa.Engine, worker_id: str) -> Heartbeat:
+    """Say that the worker lives; `alive` is False when it was declared dead and has to stop its jobs."""
+    row = transact(engine, lambda conn: conn.execute(_HEARTBEAT, {"worker": worker_id}).one_or_none())
+    return Heartbeat(alive=row is not None, draining=row is not None and row.draining)
+
+
+def leases(engine: sa.Engine, worker_id: str) -> dict[int, Lease]:
+    """Return the jobs that this worker holds, by row id; one that it runs and does not find here is lost."""
+    rows = read(engine, lambda conn: conn.execute(_LEASES, {"worker": worker_id}).all())
+    return {row.id: Lease(row.lease_epoch, row.cancel) for row in rows}
+
+
+def drain(engine: sa.Engine, worker_id: str) -> None:
+    """Say that the worker takes no more jobs and requests."""
+    transact(engine, lambda conn: conn.execute(_DRAIN, {"me": worker_id}))
+
+
+def unregister(engine: sa.Engine, worker_id: str) -> None:
+    """Remove a worker's row; what it still holds is an orphan from now on."""
+    transact(engine, lambda conn: conn.execute(_FORGET, {"workers": [worker_id]}))
+
+
+def promote(engine: sa.Engine) -> int:
+    """Queue the scheduled jobs that are due, and return how many."""
+    return transact(engine, lambda conn: conn.execute(_PROMOTE).rowcount)
+
+
+def claim(
+    engine: sa.Engine, *, worker_id: str, lane: Lane, kinds: Sequence[str], ttl_s: float, limit: int = 1
+) -> list[Claim]:
+    """Take up to `limit` jobs of a lane, first in its order, of the kinds that this worker knows.
+
+    A worker that is draining, unregistered or silent for longer than `ttl_s` gets none. A job that cannot be read or
+    whose inputs are gone fails for good here, and the next one is taken in its place.
+    """
+    params = {"me": worker_id, "at_lane": lane, "kinds": list(kinds), "num": limit, "minus_ttl_s": -ttl_s}
+
+    def work(conn: sa.Connection) -> tuple[int, list[Claim]]:
+        rows = sorted(conn.execute(_CLAIM, params).all(), key=lambda row: (row.priority, row.fair_seq, row.id))
+        return len(rows), [found for row in rows if (found := _open(conn, worker_id, row)) is not None]
+
+    while True:
+        num, claims = transact(engine, work)
+        if claims or num == 0:
+            return claims
+
+
+def rescue(engine: sa.Engine, *, ttl_s: float) -> list[tuple[str, State]]:
+    """Put back what runs without a live worker or half a minute past its deadline; return public ids and states.
+
+    The attempt counts, so a job that kills its workers ends as failed. Rows of dead workers go once nothing refers to
+    them.
+    """
+
+    def work(conn: sa.Connection) -> list[tuple[str, State]]:
+        rescued = [_rescue(conn, row) for row in conn.execute(_ORPHANS, {"minus_ttl_s": -ttl_s}).all()]
+        conn.execute(_FORGET_STALE, {"minus_ttl_s": -ttl_s})
+        return rescued
+
+    return transact(engine, work)
+
+
+def forget(engine: sa.Engine, worker_ids: Sequence[str]) -> list[tuple[str, State]]:
+    """Remove workers that are known to be dead and put back what they ran; return public ids and states."""
+
+    def work(conn: sa.Connection) -> list[tuple[str, State]]:
+        rows = conn.execute(_ORPHANS_OF, {"workers": list(worker_ids)}).all()
+        conn.execute(_FORGET, {"workers": list(worker_ids)})
+        return [_rescue(conn, row) for row in rows]
+
+    return transact(engine, work)
+
+
+def neighbours(engine: sa.Engine, *, host: str, boot: str) -> dict[str, int]:
+    """Return the process ids of the workers registered from this boot of this host, by worker id."""
+    rows = read(engine, lambda conn: conn.execute(_NEIGHBOURS, {"host": host, "boot": boot}).all())
+    return {row.id: row.pid for row in rows}
+
+
+def _rescue(conn: sa.Connection, row: sa.Row[*tuple[Any, ...]]) -> tuple[str, State]:
+    error = {"type": "worker_lost", "message": "the worker that ran the job is gone", "code": None}
+    return row.public_id, give_up(conn, row, error | {"worker": row.worker_id}, retry=True)
+
+
+def _open(conn: sa.Connection, worker_id: str, row: sa.Row[*tuple[Any, ...]]) -> Claim | None:
+    try:
+        args = args_adapter.validate_python(row.args)
+        inputs = references.resolve(conn, row.tenant_id, args)
+    except ValidationError as error:
+        message = f"this version cannot read the job's args: {error.error_count()} errors"
+        return _refuse(conn, row, {"type": "Invalid", "message": message, "code": "args_unreadable"})
+    except RequestError as error:
+        return _refuse(conn, row, {"type": type(error).__name__, "message": error.message, "code": error.code})
+    # An alias may have moved since the job was enqueued: what is read now must not be deleted either.
+    known = set(conn.execute(_KNOWN_INPUTS, {"job_id": row.id}).scalars()) if inputs else set[str]()
+    if new := {references.row_of(found) for found in inputs.values()} - known:
+        conn.execute(
+            sa.insert(job_input), [{"job_id": row.id, "ref": ref, "tenant_id": row.tenant_id} for ref in sorted(new)]
+        )
+    resume = conn.execute(_RESUME, {"job_id": row.id}).scalars().all() if isinstance(args, TrainArgs) else ()
+    detail = {"attempt": row.attempt, "worker": worker_id}
+    add_event(conn, row, "started", detail)
+    return Claim(
+        id=row.id,
+        public_id=row.public_id,
+        tenant_id=row.tenant_id,
+        lane=row.lane,
+        kind=row.kind,
+        epoch=row.lease_epoch,
+        attempt=row.attempt,
+        max_attempts=row.max_attempts,
+        deadline_s=row.deadline_s,
+        args=args,
+        inputs=inputs,
+        resume=list(resume),
+    )
+
+
+def _refuse(conn: sa.Connection, row: sa.Row[*tuple[Any, ...]], error: dict[str, Any]) -> None:
+    end(conn, row, "failed", error)

@@ -1,0 +1,105 @@
+"""What a job or request reads: the names a caller gives, resolved to artifacts of their own tenant.
+
+A model is named by its id, by an alias, or as `job_x@latest` and `job_x@<step>` (a checkpoint, which is a model).
+"""
+
+from __future__ import annotations
+
+from typing import Final, Literal, TypedDict
+
+import sqlalchemy as sa
+
+from service.contract.errors import Conflict, Invalid, NotFound
+from service.contract.jobs import EmbedArgs, EvaluateArgs, IngestArgs, TrainArgs, inputs_of
+from service.contract.tables import alias, checkpoint, dataset, job, model
+
+Args = IngestArgs | TrainArgs | EmbedArgs | EvaluateArgs
+
+
+class Input(TypedDict):
+    """An artifact that is read; `id` is the row's, or `job_x@<step>` for a checkpoint."""
+
+    artifact: str
+    digest: str
+    id: str
+    kind: Literal["model", "dataset"]
+
+
+_DATASET: Final = sa.select(dataset.c.id, dataset.c.state, dataset.c.artifact, dataset.c.digest).where(
+    dataset.c.tenant_id == sa.bindparam("tenant"), dataset.c.id == sa.bindparam("ref"), dataset.c.deleted_at.is_(None)
+)
+_MODEL: Final = sa.select(model.c.id, model.c.artifact, model.c.digest).where(
+    model.c.tenant_id == sa.bindparam("tenant"), model.c.id == sa.bindparam("ref"), model.c.deleted_at.is_(None)
+)
+_ALIAS: Final = (
+    sa.select(model.c.id, model.c.artifact, model.c.digest)
+    .join(alias, alias.c.model_id == model.c.id)
+    .where(
+        alias.c.tenant_id == sa.bindparam("tenant"),
+        alias.c.name == sa.bindparam("ref"),
+        model.c.tenant_id == sa.bindparam("tenant"),
+        model.c.deleted_at.is_(None),
+    )
+)
+_CHECKPOINTS: Final = (
+    sa.select(checkpoint.c.step, checkpoint.c.artifact, checkpoint.c.digest)
+    .join(job, job.c.id == checkpoint.c.job_id)
+    .where(job.c.tenant_id == sa.bindparam("tenant"), job.c.public_id == sa.bindparam("job"))
+)
+_LATEST: Final = _CHECKPOINTS.order_by(checkpoint.c.step.desc()).limit(1)
+_STEP: Final = _CHECKPOINTS.where(checkpoint.c.step == sa.bindparam("step"))
+
+
+def resolve_dataset(conn: sa.Connection, tenant: str, ref: str) -> Input:
+    """Find a data set that is ready to be read.
+
+    Raises NotFound, Conflict (`dataset_not_ready`) while it is ingested, or Invalid (`dataset_failed`).
+    """
+    row = conn.execute(_DATASET, {"tenant": tenant, "ref": ref}).one_or_none()
+    if row is None:
+        raise NotFound(f"there is no data set {ref}", code="dataset_not_found")
+    if row.state == "ingesting":
+        raise Conflict(f"data set {ref} is still being ingested", code="dataset_not_ready")
+    if row.state != "ready":
+        raise Invalid(f"data set {ref} could not be ingested", code="dataset_failed")
+    return Input(artifact=row.artifact, digest=row.digest, id=row.id, kind="dataset")
+
+
+def resolve_model(conn: sa.Connection, tenant: str, ref: str) -> Input:
+    """Find a model by id, alias, `job_x@latest` or `job_x@<step>`.
+
+    Raises NotFound.
+    """
+    missing = NotFound(f"there is no model {ref}", code="model_not_found")
+    job_id, at, step = ref.partition("@")
+    if at:
+        row = None
+        if step == "latest":
+            row = conn.execute(_LATEST, {"tenant": tenant, "job": job_id}).one_or_none()
+        elif step.isascii() and step.isdigit() and len(step) <= 18:
+            row = conn.execute(_STEP, {"tenant": tenant, "job": job_id, "step": int(step)}).one_or_none()
+        if row is None:
+            raise missing
+        return Input(artifact=row.artifact, digest=row.digest, id=f"{job_id}@{row.step}", kind="model")
+    row = conn.execute(_MODEL, {"tenant": tenant, "ref": ref}).one_or_none()
+    row = row or conn.execute(_ALIAS, {"tenant": tenant, "ref": ref}).one_or_none()
+    if row is None:
+        raise missing
+    return Input(artifact=row.artifact, digest=row.digest, id=row.id, kind="model")
+
+
+def resolve(conn: sa.Connection, tenant: str, args: Args) -> dict[str, Input]:
+    """Find everything that a job reads, by the name its caller gave it.
+
+    Raises NotFound, Conflict or Invalid, naming what cannot be read.
+    """
+    named_model = args.model if isinstance(args, EmbedArgs | EvaluateArgs) else None
+    return {
+        ref: resolve_model(conn, tenant, ref) if ref == named_model else resolve_dataset(conn, tenant, ref)
+        for ref in inputs_of(args)
+    }
+
+
+def row_of(found: Input) -> str:
+    """Return the id that `job_input` keeps: the row's, or the job's whose checkpoint is read."""
+    return found["id"].partition("@")[0]
