@@ -187,7 +187,7 @@ job = Table(
         where="unique_key IS NOT NULL AND state IN ('scheduled','queued','running')",
         unique=True,
     ),
-    Index("job_tenant", "tenant_id", sa.text("id DESC")),
+    Index("job_tenant", "tenant_id", "id"),
     sqlite_autoincrement=True,
     postgresql_with={
         "fillfactor": 80,

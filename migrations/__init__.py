@@ -1,0 +1,1 @@
+"""The schema's history. The wheel carries this folder as `service.migrations`."""
