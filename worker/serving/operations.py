@@ -1,0 +1,183 @@
+"""What the inference process can do: one match over the calls of the wire."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from itertools import count
+from typing import TYPE_CHECKING, Any, Final, assert_never, final
+
+import numpy as np
+import torch
+
+from service.contract.errors import Invalid, Malformed
+from service.contract.recipe import pair_name
+from service.contract.wire import ComposeCall, EmbedCall
+from worker.serving.batcher import Batcher, Ticket
+from worker.serving.compose import Compared, Composer, Summed, Trained, Way
+from worker.serving.encode import encode_items, entries
+
+if TYPE_CHECKING:
+    from service.contract.wire import Arrays, ComposeLeg
+    from worker.learning.model import Loaded
+    from worker.serving.bridge import Bridges
+    from worker.serving.residency import Residency
+
+_number: Final = count()
+Legs = list[tuple["ComposeLeg", "Loaded"]]
+
+
+@final
+@dataclass(frozen=True)
+class Parts:
+    """What the operations work with."""
+
+    residency: Residency
+    batcher: Batcher
+    bridges: Bridges
+    device: torch.device
+
+
+@final
+@dataclass(frozen=True)
+class Answer:
+    """An answer, and where its time went, in milliseconds."""
+
+    document: dict[str, Any]
+    arrays: Arrays
+    queue_ms: float
+    inference_ms: float
+
+
+async def answer(parts: Parts, call: EmbedCall | ComposeCall, arrays: Arrays, *, deadline: float) -> Answer:
+    """Answer a call before the deadline (on time.monotonic's clock).
+
+    Raises Malformed or Invalid for what the model cannot take, NotFound for a model that is not there, Unavailable if
+    the deadline passes.
+    """
+    match call:
+        case EmbedCall():
+            return await _embed(parts, call, arrays, deadline)
+        case ComposeCall():
+            return await _compose(parts, call, arrays, deadline)
+        case _:
+            assert_never(call)
+
+
+async def _embed(parts: Parts, call: EmbedCall, arrays: Arrays, deadline: float) -> Answer:
+    loaded = await parts.residency.get(call.model)
+    ticket = Ticket(
+        group=("embed", call.model.artifact, call.modality),
+        pace=(call.model.artifact, call.modality),
+        run=lambda items: encode_items(loaded, call.modality, parts.device, items),
+        entries=entries(loaded, call.modality, arrays),
+        deadline=deadline,
+    )
+    vectors = await parts.batcher.submit(ticket)
+    return Answer({}, {"vectors": np.stack(vectors)}, ticket.queue_ms, ticket.inference_ms)
+
+
+async def _compose(parts: Parts, call: ComposeCall, arrays: Arrays, deadline: float) -> Answer:
+    if not 1 <= len(call.legs) <= 2:
+        raise Invalid("one or two legs can be composed", param="legs", code="legs")
+    models = await asyncio.gather(*(parts.residency.get(leg.model) for leg in call.legs))
+    legs = list(zip(call.legs, models, strict=True))
+    _check_legs(legs)
+    source = _vectors(arrays, "source", legs[0][1].recipe.dimensions)
+    target = _vectors(arrays, "target", legs[-1][1].recipe.dimensions)
+    log_prior = _log_prior(arrays, len(target)) if call.log_prior else None
+    composer = Composer(
+        await _way(parts, call, legs, arrays),
+        source,
+        target,
+        log_prior=log_prior,
+        top_k=call.top_k,
+        device=parts.device,
+    )
+    ticket = Ticket(
+        group=("compose", next(_number)),  # no two questions share anything that could be merged
+        pace="compose",
+        run=composer.run,
+        entries=composer.entries(),
+        deadline=deadline,
+    )
+    document, found = composer.answer(await parts.batcher.submit(ticket))
+    return Answer(document, found, ticket.queue_ms, ticket.inference_ms)
+
+
+def _check_legs(legs: Legs) -> None:
+    for at, (leg, loaded) in enumerate(legs):
+        for modality in (leg.from_, leg.to):
+            if modality not in loaded.recipe.towers:
+                known = ", ".join(loaded.recipe.towers)
+                raise Invalid(f"the model has no modality {modality!r}; it has {known}", param=f"legs[{at}]")
+        # A single leg may be untrained: then its vectors are compared, and nothing more is claimed.
+        if len(legs) == 2 and not loaded.model.is_trained(leg.from_, leg.to):
+            trained = ", ".join(sorted(loaded.model.log_scales.keys()))
+            message = f"{leg.from_} and {leg.to} were never trained together; the model's trained pairs are {trained}"
+            raise Invalid(message, param=f"legs[{at}]", code="untrained_pair")
+    if len(legs) == 2 and legs[0][0].to != legs[1][0].from_:
+        raise Invalid(f"the legs do not meet: {legs[0][0].to!r} and {legs[1][0].from_!r}", param="legs", code="legs")
+
+
+async def _way(parts: Parts, call: ComposeCall, legs: Legs, arrays: Arrays) -> Way:
+    match call.method, legs:
+        case "direct", [(leg, loaded)]:
+            if not loaded.model.is_trained(leg.from_, leg.to):
+                return Compared(bridge=None)
+            bank = loaded.banks.get(pair_name(leg.from_, leg.to))
+            return Trained(float(loaded.model.scale(leg.from_, leg.to)), None if bank is None else bank.vectors[leg.to])
+        case "direct", [(leg, first), (other, second)]:
+            if not _same_encoder(first, second, leg.to):
+                message = f"the two models encode {leg.to!r} differently, so their vectors cannot be compared"
+                raise Invalid(f"{message}: use the method marginal", param="method", code="encoders_differ")
+            bank = first.banks.get(pair_name(leg.from_, leg.to))
+            return Compared(None if bank is None else bank.vectors[leg.to])
+        case "marginal", [(leg, first), (other, second)]:
+            if call.bank:
+                bridges = await parts.bridges.between(legs[0], legs[1])
+            else:
+                bridges = _given_bridge(arrays, first, second, parts.device)
+            scales = float(first.model.scale(leg.from_, leg.to)), float(second.model.scale(other.from_, other.to))
+            return Summed(scales, bridges, comparable=_same_encoder(first, second, leg.to))
+        case _:
+            raise Invalid("marginal sums over what joins two legs, and there is one", param="method", code="legs")
+
+
+def _same_encoder(first: Loaded, second: Loaded, modality: str) -> bool:
+    if first is second:
+        return True
+    one, two = (loaded.model.towers[modality].state_dict() for loaded in (first, second))
+    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
+def _vectors(arrays: Arrays, name: str, dim: int) -> np.ndarray:
+    vectors = arrays.get(name)
+    if vectors is None or vectors.ndim != 2 or vectors.dtype != np.float32 or not len(vectors):
+        raise Malformed(f"{name} is a matrix of float32 vectors")
+    if vectors.shape[1] != dim:
+        raise Invalid(f"{name} vectors have {vectors.shape[1]} values; the model's have {dim}", param=name)
+    lengths = np.linalg.norm(vectors, axis=1)
+    if len(bad := np.flatnonzero(~np.isfinite(lengths) | (lengths == 0))):
+        raise Invalid(f"{name}[{int(bad[0])}] has no direction", param=f"{name}[{int(bad[0])}]")
+    return vectors
+
+
+def _log_prior(arrays: Arrays, num: int) -> np.ndarray:
+    log_prior = arrays.get("log_prior")
+    if log_prior is None or log_prior.shape != (num,) or log_prior.dtype.kind != "f":
+        raise Malformed("log_prior has one number for each target")
+    if not (log_prior < np.inf).all() or not np.isfinite(log_prior).any():
+        raise Invalid("a prior is not negative, and not every one is zero", param="prior")
+    return log_prior
+
+
+def _given_bridge(
+    arrays: Arrays, first: Loaded, second: Loaded, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    left = _vectors(arrays, "bridge.0", first.recipe.dimensions)
+    right = _vectors(arrays, "bridge.1", second.recipe.dimensions)
+    if len(left) != len(right):
+        raise Malformed("bridge.0 and bridge.1 hold the same items")
+    z = [torch.nn.functional.normalize(torch.tensor(side, device=device), dim=1) for side in (left, right)]
+    return z[0], z[1]
