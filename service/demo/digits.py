@@ -41,7 +41,8 @@ def collect(seed: int) -> Collection:
     seen = dict.fromkeys(range(10), 0)
     train: list[Specimen] = []
     holdout: list[Specimen] = []
-    for at, (scan, digit) in enumerate(zip(scans, digits.tolist(), strict=True)):
+    for at, (scan, target) in enumerate(zip(scans, digits, strict=True)):
+        digit = int(target)
         specimen = Specimen(
             key=f"scan{at:04d}",
             payload=_png(scan),

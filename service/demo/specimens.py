@@ -42,11 +42,12 @@ def write_tar(path: Path, collection: Collection) -> None:
     with tarfile.open(path, "w") as tar:
         for split, specimens in (("train", collection.train), ("holdout", collection.holdout)):
             for specimen in specimens:
+                key = f"{split}-{specimen.key}"  # a user's two tars may number their samples alike
                 about = {"split": split, "origin": specimen.origin}
-                _add(tar, f"{specimen.key}.{extension}", specimen.payload)
-                _add(tar, f"{specimen.key}.txt", specimen.caption.encode())
-                _add(tar, f"{specimen.key}.cls", specimen.label.encode())
-                _add(tar, f"{specimen.key}.json", json.dumps(about).encode())
+                _add(tar, f"{key}.{extension}", specimen.payload)
+                _add(tar, f"{key}.txt", specimen.caption.encode())
+                _add(tar, f"{key}.cls", specimen.label.encode())
+                _add(tar, f"{key}.json", json.dumps(about).encode())
 
 
 def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
