@@ -71,7 +71,10 @@ class _Strings:
 
 @final
 class SampleWriter:
-    """Write a data set into an empty folder; memory holds the index only, about 100 bytes per sample and modality."""
+    """Write a data set into an empty folder; memory holds the index only, about 100 bytes per sample and modality.
+
+    As a context manager it closes its files whatever happens; `close` makes the data set complete.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -113,11 +116,15 @@ class SampleWriter:
         self._labels.add(label)
         self._split.append(HOLDOUT if holdout else TRAIN)
 
+    def __enter__(self) -> SampleWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._close_shard()
+
     def close(self) -> Totals:
         """Write the index and return the totals."""
-        if self._shard is not None:
-            self._shard.close()
-            self._shard = None
+        self._close_shard()
         arrays: dict[str, np.ndarray] = {}
         for name, column in self._columns.items():
             arrays[f"{name}.shard"] = np.frombuffer(column.shard, np.uint16)
@@ -136,11 +143,15 @@ class SampleWriter:
             num_shards=self._num_shards,
         )
 
+    def _close_shard(self) -> None:
+        if self._shard is not None:
+            self._shard.close()
+            self._shard = None
+
     def _room_for(self, num_bytes: int) -> BinaryIO:
         """Return the open shard, or a new one if this would make it too large."""
         if self._shard is None or self._offset + num_bytes > SHARD_BYTES:
-            if self._shard is not None:
-                self._shard.close()
+            self._close_shard()
             if self._num_shards == MAX_SHARDS:
                 msg = f"a data set holds at most {MAX_SHARDS} shards of {SHARD_BYTES} bytes"
                 raise ValueError(msg)

@@ -19,7 +19,6 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import chain
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, final
 
 from service.contract.errors import Permanent, RequestError
@@ -71,14 +70,14 @@ def run(args: IngestArgs, ctx: Context) -> IngestResult:
 
     folder = ctx.scratch / f"dataset-{ctx.epoch}"
     shutil.rmtree(folder, ignore_errors=True)
-    intake = Intake(folder, media, args.holdout)
-    with ThreadPoolExecutor(_threads(), "decode") as pool:
+    with SampleWriter(folder) as writer, ThreadPoolExecutor(_threads(), "decode") as pool:
+        intake = Intake(writer, media, args.holdout)
         for raw, verdict in _validated(samples, media, pool):
             intake.take(raw, verdict)
             if intake.num_seen % WINDOW == 0:
                 ctx.check()
                 ctx.progress(intake.num_seen, None)
-    found = intake.close()
+        found = intake.close()
     _judge(intake.num_samples, intake.num_rejected, intake.rejects, args.max_bad_fraction)
     ctx.check()
     ctx.progress(intake.num_seen, intake.num_seen)
@@ -94,13 +93,13 @@ def run(args: IngestArgs, ctx: Context) -> IngestResult:
 class Intake:
     """The data set as it grows: good samples are written, the first bad ones are kept with their reasons."""
 
-    def __init__(self, folder: Path, media: dict[str, Medium], holdout: Holdout | None) -> None:
+    def __init__(self, writer: SampleWriter, media: dict[str, Medium], holdout: Holdout | None) -> None:
         self.num_samples = 0
         self.num_rejected = 0
         self.rejects: list[Reject] = []
         self._media = media
         self._holdout = holdout
-        self._writer = SampleWriter(folder)
+        self._writer = writer
         self._seen: set[bytes] = set()
         self._labels: set[str] = set()
         self._statistics = Statistics(media)
