@@ -14,6 +14,7 @@ from service.contract.word import ModalityName, Word
 Base64 = Annotated[StrictStr, Field(description="base64, or a data: URI")]
 TokenId = Annotated[StrictInt, Field(ge=0, le=2**31 - 1)]
 Number = StrictFloat | StrictInt
+Vector = Annotated[list[Number], Field(fail_fast=True, min_length=1)]
 
 
 class MediaUrl(Word):
@@ -47,7 +48,10 @@ class TokensItem(Word):
     """Tokens made by the caller: a list of ids, or a list of vectors."""
 
     modality: ModalityName
-    tokens: Annotated[list[TokenId] | list[Annotated[list[Number], Field(min_length=1)]], Field(min_length=1)]
+    tokens: Annotated[
+        Annotated[list[TokenId], Field(fail_fast=True)] | Annotated[list[Vector], Field(fail_fast=True)],
+        Field(min_length=1),
+    ]
 
 
 class Tensor(Word):
@@ -70,7 +74,7 @@ class EmbeddingItem(Word):
     """A vector made earlier by the same model."""
 
     modality: ModalityName
-    embedding: Annotated[list[Number], Field(min_length=1, max_length=16_384)]
+    embedding: Annotated[list[Number], Field(fail_fast=True, min_length=1, max_length=16_384)]
 
 
 def _tag(value: Any) -> str | None:
@@ -96,7 +100,7 @@ def _tag(value: Any) -> str | None:
 
 Item = Annotated[
     Annotated[StrictStr, Tag("string")]
-    | Annotated[list[TokenId], Tag("ids")]
+    | Annotated[list[TokenId], Field(fail_fast=True), Tag("ids")]
     | Annotated[TextItem, Tag("text")]
     | Annotated[ImageItem, Tag("image")]
     | Annotated[AudioItem, Tag("audio")]
@@ -122,7 +126,8 @@ def _one_or_many(value: Any) -> str:
 
 
 Items = Annotated[
-    Annotated[Item, Tag("one")] | Annotated[list[Item], Field(min_length=1), Tag("many")], Discriminator(_one_or_many)
+    Annotated[Item, Tag("one")] | Annotated[list[Item], Field(fail_fast=True, min_length=1), Tag("many")],
+    Discriminator(_one_or_many),
 ]
 """One item or a list of them."""
 

@@ -12,6 +12,7 @@ from pydantic import Field, StrictBool, StrictInt, StrictStr
 from service.contract.items import Item, Items
 from service.contract.word import Id, ModalityName, Word
 
+Modalities = Annotated[list[ModalityName], Field(fail_fast=True)]
 TopK = Annotated[StrictInt, Field(ge=1, le=10_000)]
 
 
@@ -21,7 +22,7 @@ class EmbeddingsRequest(Word):
     model: Id
     input: Items
     modality: Annotated[
-        ModalityName | list[ModalityName] | None,
+        ModalityName | Modalities | None,
         Field(description="what the strings of `input` are (URIs or base64 for media); one for all, or one for each"),
     ] = None
     encoding_format: Literal["float", "base64"] = "float"
@@ -60,7 +61,7 @@ class TokenizeRequest(Word):
 
     model: Id
     input: Items
-    modality: ModalityName | list[ModalityName] | None = None
+    modality: ModalityName | Modalities | None = None
     truncate: StrictBool = False
 
 
@@ -89,9 +90,10 @@ class ClassifyRequest(Word):
 
     model: Id
     input: Items
-    modality: ModalityName | list[ModalityName] | None = None
+    modality: ModalityName | Modalities | None = None
     labels: Annotated[
-        list[StrictStr] | dict[StrictStr, Annotated[list[Item], Field(min_length=1, max_length=1000)]],
+        Annotated[list[StrictStr], Field(fail_fast=True)]
+        | dict[StrictStr, Annotated[list[Item], Field(fail_fast=True, min_length=1, max_length=1000)]],
         Field(description="labels for the templates, or label -> prompts (any items of the model's)", min_length=1),
     ]
     templates: Annotated[
@@ -167,7 +169,7 @@ class ComposeRequest(Word):
     source_modality: Annotated[ModalityName | None, Field(description="what bare strings in `source` are")] = None
     target_modality: Annotated[ModalityName | None, Field(description="what bare strings in `target` are")] = None
     through: Annotated[
-        ModalityName | EmbeddingSetRef | Annotated[list[Item], Field(min_length=1)] | None,
+        ModalityName | EmbeddingSetRef | Annotated[list[Item], Field(fail_fast=True, min_length=1)] | None,
         Field(
             description="the bridge: a modality (its bank is used), items, or an embedding set; null: the model's bank"
         ),
@@ -181,7 +183,7 @@ class ComposeRequest(Word):
         ),
     ] = "auto"
     prior: Annotated[
-        list[Annotated[float, Field(ge=0)]] | None,
+        Annotated[list[Annotated[float, Field(ge=0)]], Field(fail_fast=True)] | None,
         Field(description="prior weight of each target, scaled to sum 1; null: uniform over the targets"),
     ] = None
     top_k: TopK = 10

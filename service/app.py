@@ -1,0 +1,148 @@
+"""The API process: what is opened, what is mounted, what renders errors."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+from typing import Any, Final
+
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from fastapi.openapi.utils import get_openapi
+from starlette.exceptions import HTTPException
+
+from service.catalogue import Catalogue
+from service.contract.artifacts import open_store
+from service.contract.errors import IsthmusError, Unavailable
+from service.contract.manifest import code_version
+from service.contract.settings import Settings
+from service.contract.tables import open_engine
+from service.contract.tokens.decode import Limits
+from service.database import THREADS, Database
+from service.deps import Service
+from service.followers import Followers
+from service.gateway import Gateway
+from service.keys import Keys, any_key, check_bind
+from service.label_cache import LabelCache
+from service.middleware import Edge
+from service.problems import EVERYWHERE, on_http_exception, on_isthmus_error, on_validation_error
+from service.routes import (
+    classify,
+    compose,
+    datasets,
+    embedding_sets,
+    embeddings,
+    health,
+    jobs,
+    keys,
+    limits,
+    models,
+    tokenize,
+)
+from service.telemetry import Telemetry
+
+log = logging.getLogger(__name__)
+
+SMALL_BODY_BYTES: Final = 1 << 20
+"""Of requests that carry no data; what a job may say is bounded far below this."""
+
+TAGS: Final = [
+    {"name": "datasets", "description": "Pairs of modalities to learn from."},
+    {"name": "jobs", "description": "Training, embedding and evaluation, followed as they run."},
+    {"name": "models", "description": "What was trained."},
+    {"name": "embedding sets", "description": "Vectors of whole data sets."},
+    {"name": "inference", "description": "Embed, classify and compose a few items now."},
+    {"name": "keys", "description": "Who may do what."},
+    {"name": "limits", "description": "How much fits in a request."},
+    {"name": "probes", "description": "For whatever watches this process; no key is needed."},
+]
+
+
+def create_app(settings: Settings | None = None) -> FastAPI:
+    """Build the application. Nothing is opened before it starts."""
+    settings = settings or Settings()
+    telemetry = Telemetry()
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncGenerator[None]:
+        async with _open(settings, telemetry) as service:
+            app.state.service = service
+            yield
+
+    app = FastAPI(
+        title="Isthmus",
+        summary="Train contrastive models on pairs of modalities, serve them, and compose modalities never paired.",
+        version=code_version(),
+        lifespan=lifespan,
+        openapi_url="/openapi.json" if settings.docs else None,
+        docs_url="/docs" if settings.docs else None,
+        redoc_url=None,
+        openapi_tags=TAGS,
+        redirect_slashes=False,
+    )
+    app.add_middleware(Edge, telemetry=telemetry)
+    app.add_exception_handler(IsthmusError, on_isthmus_error)
+    app.add_exception_handler(HTTPException, on_http_exception)
+    app.add_exception_handler(RequestValidationError, on_validation_error)
+    app.include_router(health.router)
+    for part in (limits, keys, jobs, models, embedding_sets):
+        app.include_router(part.router, prefix="/v1", responses=EVERYWHERE, max_body_size=SMALL_BODY_BYTES)
+    for part in (tokenize, embeddings, classify, compose):
+        app.include_router(part.router, prefix="/v1", responses=EVERYWHERE, max_body_size=settings.max_body_bytes)
+    app.include_router(datasets.router, prefix="/v1", responses=EVERYWHERE, max_body_size=settings.max_upload_bytes)
+    app.openapi = lambda: _openapi(app)
+    return app
+
+
+@asynccontextmanager
+async def _open(settings: Settings, telemetry: Telemetry) -> AsyncGenerator[Service]:
+    """Open what the process serves from, and close it in the opposite order.
+
+    Raises RuntimeError where others could call without a key.
+    """
+    settings.data.mkdir(parents=True, exist_ok=True)
+    engine = open_engine(settings.resolved_database_url(), pool_size=THREADS)
+    database = Database(engine)
+    try:
+        check_bind(settings, has_key=await database.read(any_key))
+    except Unavailable:
+        log.warning("the database does not answer; requests that need it get 503 until it does")
+    store = open_store(settings.resolved_store_url(), cache_dir=settings.data / "cache")
+    gateway = Gateway(settings, engine)
+    await gateway.start()
+    followers = Followers(database)
+    service = Service(
+        settings=settings,
+        database=database,
+        store=store,
+        gateway=gateway,
+        catalogue=Catalogue(database, store, Limits(max_pixels=settings.max_pixels, max_audio_s=settings.max_audio_s)),
+        keys=Keys(settings, database),
+        followers=followers,
+        labels=LabelCache(),
+        telemetry=telemetry,
+    )
+    try:
+        yield service
+    finally:
+        service.draining = True
+        await followers.close()
+        await gateway.stop()
+        engine.dispose()
+
+
+def _openapi(app: FastAPI) -> dict[str, Any]:
+    """Describe the API once, with the bodies that handlers read themselves."""
+    if app.openapi_schema is None:
+        schema = get_openapi(
+            title=app.title,
+            version=app.version,
+            summary=app.summary,
+            routes=app.routes,
+            tags=app.openapi_tags,
+        )
+        schema["components"]["schemas"] |= json.loads(json.dumps(datasets.SCHEMAS))
+        app.openapi_schema = schema
+    return app.openapi_schema

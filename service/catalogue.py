@@ -1,0 +1,188 @@
+"""Models as this process knows them: names five seconds fresh, manifests and tokenisers for good.
+
+An artifact never changes, so what was read of it is kept by its digest. Weights are never opened here.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Final, final
+
+import anyio
+import anyio.to_thread
+from pydantic import TypeAdapter
+
+from service.contract.errors import Invalid, IsthmusError, NotFound, Unavailable
+from service.contract.manifest import Manifest
+from service.contract.modality import (
+    AudioTokens,
+    ContinuousTokens,
+    DiscreteTokens,
+    ImageTokens,
+    TextTokens,
+    TokeniserConfig,
+)
+from service.contract.recipe import pair_name
+from service.contract.references import Input, resolve_model
+from service.contract.store import Store
+from service.contract.tokens.decode import Limits
+from service.contract.tokens.tokenise import Tokeniser, build
+from service.contract.wire import ModelRef
+from service.database import Database
+
+FRESH_S: Final = 5.0
+MAX_NAMES: Final = 10_000
+MAX_MODELS: Final = 64
+THREADS: Final = 4
+TOKENISER_FILE: Final = "tokenizer.json"
+
+AnyConfig = ImageTokens | TextTokens | AudioTokens | DiscreteTokens | ContinuousTokens
+_configs: TypeAdapter[dict[str, AnyConfig]] = TypeAdapter(dict[str, TokeniserConfig])
+
+
+@final
+@dataclass(frozen=True)
+class Model:
+    """A model as its manifest describes it, with its tokenisers."""
+
+    ref: ModelRef
+    body: dict[str, Any]
+    modalities: dict[str, AnyConfig]
+    tokenisers: dict[str, Tokeniser]
+
+    @property
+    def dimensions(self) -> int:
+        """Values in a vector."""
+        return int(self.body["dimensions"])
+
+    @cached_property
+    def pairs(self) -> list[tuple[str, str]]:
+        """The trained pairs, names in the order of the alphabet."""
+        return sorted((first, second) for first, second in (sorted(pair) for pair in self.body["pairs"]))
+
+    def is_trained(self, first: str, second: str) -> bool:
+        """Tell whether two modalities were trained together."""
+        return pair_name(first, second) in self.body["logit_scales"]
+
+    def scale(self, first: str, second: str, *, param: str) -> float:
+        """Return the trained logit scale of a pair.
+
+        Raises Invalid, naming the trained pairs, if it is none of them.
+        """
+        scale = self.body["logit_scales"].get(pair_name(first, second))
+        if scale is None:
+            raise Invalid(
+                f"the model was not trained on {first} with {second}; trained: {self.described_pairs()}",
+                param=param,
+                code="pair_not_trained",
+            )
+        return float(scale)
+
+    def described_pairs(self) -> str:
+        """Name the trained pairs in a sentence."""
+        return ", ".join(f"{first} with {second}" for first, second in self.pairs)
+
+    def partners(self, modality: str) -> list[str]:
+        """List the modalities that were trained together with this one."""
+        return [second if first == modality else first for first, second in self.pairs if modality in {first, second}]
+
+    def check_modality(self, modality: str, *, param: str) -> None:
+        """Raise Invalid for a modality that the model does not have."""
+        if modality not in self.modalities:
+            known = ", ".join(sorted(self.modalities))
+            raise Invalid(f"the model has no such modality; it has {known}", param=param)
+
+
+@dataclass
+class _Name:
+    found: Input | None
+    at: float
+
+
+@final
+class Catalogue:
+    """Look up models by id, alias or checkpoint."""
+
+    def __init__(self, database: Database, store: Store, limits: Limits) -> None:
+        self._database = database
+        self._store = store
+        self._limits = limits
+        self._names: OrderedDict[tuple[str, str], _Name] = OrderedDict()
+        self._models: OrderedDict[str, Model] = OrderedDict()
+        self._limiter = anyio.CapacityLimiter(THREADS)
+
+    async def find(self, tenant: str, name: str, *, param: str = "model") -> Model:
+        """Return a model.
+
+        Raises NotFound for a name that the tenant does not have, Unavailable if neither the database nor this process
+        knows.
+        """
+        try:
+            return await self._load(await self._resolve(tenant, name))
+        except IsthmusError as error:
+            raise error.at(param) from None
+
+    def forget(self, tenant: str) -> None:
+        """Ask the database again for a tenant's names: aliases have moved, or a model is gone."""
+        for key in [key for key in self._names if key[0] == tenant]:
+            del self._names[key]
+
+    async def _resolve(self, tenant: str, name: str) -> Input:
+        at = time.monotonic()
+        known = self._names.get((tenant, name))
+        if known is None or at - known.at > FRESH_S:
+            try:
+                found = await self._database.read(lambda conn: resolve_model(conn, tenant, name))
+            except NotFound:
+                found = None
+            except Unavailable:
+                if known is None:
+                    raise
+                found = known.found
+            # An unknown name is asked for again at once: its model may be there a second later.
+            known = _Name(found, at)
+            if found is None:
+                self._names.pop((tenant, name), None)
+            else:
+                self._names[tenant, name] = known
+                while len(self._names) > MAX_NAMES:
+                    self._names.popitem(last=False)
+        if known.found is None:
+            raise NotFound("there is no model by that name", code="model_not_found")
+        return known.found
+
+    async def _load(self, found: Input) -> Model:
+        if (model := self._models.get(found["digest"])) is not None:
+            self._models.move_to_end(found["digest"])
+            return model
+        model = await anyio.to_thread.run_sync(_read, self._store, found, self._limits, limiter=self._limiter)
+        self._models[found["digest"]] = model
+        while len(self._models) > MAX_MODELS:
+            self._models.popitem(last=False)
+        return model
+
+
+def _read(store: Store, found: Input, limits: Limits) -> Model:
+    key = found["artifact"]
+    manifest = store.manifest(key)
+    configs = _configs.validate_python(manifest.body["modalities"])
+    tokenisers = {
+        name: build(config, _tokeniser_files(store, key, manifest, name), limits) for name, config in configs.items()
+    }
+    return Model(
+        ref=ModelRef(artifact=key, digest=found["digest"]),
+        body=manifest.body,
+        modalities=configs,
+        tokenisers=tokenisers,
+    )
+
+
+def _tokeniser_files(store: Store, key: str, manifest: Manifest, modality: str) -> dict[str, bytes]:
+    # A checkpoint is the same layout one level down, in model/.
+    for path in (f"tokenizers/{modality}.json", f"model/tokenizers/{modality}.json"):
+        if path in manifest.files:
+            return {TOKENISER_FILE: store.read(key, path)}
+    return {}

@@ -1,0 +1,198 @@
+"""The path that every online operation shares: items -> tokens -> vectors.
+
+Tokens are made here, in threads of their own; vectors come from the inference process through the gateway. Vectors made
+earlier pass through. Every error names the item that it is about.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import anyio.to_thread
+import numpy as np
+from fastapi import Response
+from jaxtyping import Float32
+
+from service.catalogue import Model
+from service.contract.errors import Invalid, IsthmusError
+from service.contract.items import AnyItem, as_list
+from service.contract.tokens.decode import Limits
+from service.contract.tokens.read import read_item
+from service.contract.tokens.tokenise import Raw
+from service.deps import Service
+
+CHUNK: Final = 16
+"""Items in one turn of a tokenising thread: large enough to be cheap, small enough for several threads to share."""
+
+Hint = str | list[str] | None
+
+
+@dataclass(frozen=True)
+class Tokenised:
+    """An item as the model sees it: sequences of tokens, or a vector made earlier."""
+
+    modality: str
+    sequences: list[np.ndarray]
+    vector: Float32[np.ndarray, " dim"] | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all sequences."""
+        return sum(map(len, self.sequences))
+
+
+@dataclass
+class Timings:
+    """Where the time of a request went, milliseconds."""
+
+    tokenise_ms: float = 0.0
+    queue_ms: float = 0.0
+    inference_ms: float = 0.0
+
+    def write(self, response: Response) -> None:
+        """Put the figures into an answer's headers."""
+        response.headers["x-tokenise-time"] = f"{self.tokenise_ms:.2f}"
+        response.headers["x-queue-time"] = f"{self.queue_ms:.2f}"
+        response.headers["x-inference-time"] = f"{self.inference_ms:.2f}"
+
+    def add(self, queue_ms: float, inference_ms: float) -> None:
+        """Count another call to the inference process."""
+        self.queue_ms += queue_ms
+        self.inference_ms += inference_ms
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Vectors of items, unit length, in the order of the items."""
+
+    vectors: Float32[np.ndarray, "item dim"]
+    modalities: list[str]
+    num_tokens: int
+
+
+def listed(service: Service, items: AnyItem | list[AnyItem], param: str) -> list[AnyItem]:
+    """Return a request's items as a list.
+
+    Raises Invalid for more than one request may carry.
+    """
+    found = as_list(items)
+    if len(found) > service.settings.max_items:
+        raise Invalid(f"{len(found)} items, at most {service.settings.max_items} in a request", param=param)
+    return found
+
+
+def places(param: str, items: Sequence[AnyItem], given: object) -> list[str]:
+    """Name the places of items in a request; `given` is the field as it came, one item or a list."""
+    return [f"{param}[{index}]" for index in range(len(items))] if given is items else [param]
+
+
+async def tokenise(
+    service: Service,
+    model: Model,
+    items: Sequence[AnyItem],
+    at: Sequence[str],
+    timings: Timings,
+    *,
+    hint: Hint = None,
+    truncate: bool = False,
+) -> list[Tokenised]:
+    """Turn items into tokens; `at` names their places in the request.
+
+    Raises Invalid, UnsupportedMedia or TooLarge for the first item that cannot be read.
+    """
+    began = time.perf_counter()
+    hints = _hints(model, hint, len(items))
+    limits = Limits(max_pixels=service.settings.max_pixels, max_audio_s=service.settings.max_audio_s)
+
+    def work(start: int) -> list[Tokenised]:
+        return [
+            _tokenise_one(model, items[index], at[index], index, hint=hints[index], limits=limits, truncate=truncate)
+            for index in range(start, min(start + CHUNK, len(items)))
+        ]
+
+    chunks = await asyncio.gather(
+        *(anyio.to_thread.run_sync(work, start, limiter=service.token_threads) for start in range(0, len(items), CHUNK))
+    )
+    found = [tokens for chunk in chunks for tokens in chunk]
+    total = sum(tokens.num_tokens for tokens in found)
+    if total > service.settings.max_tokens:
+        raise Invalid(f"{total} tokens, at most {service.settings.max_tokens} in a request")
+    timings.tokenise_ms += (time.perf_counter() - began) * 1000
+    return found
+
+
+async def encode(
+    service: Service,
+    model: Model,
+    items: Sequence[AnyItem],
+    at: Sequence[str],
+    timings: Timings,
+    *,
+    hint: Hint = None,
+    truncate: bool = False,
+) -> Encoded:
+    """Turn items into vectors.
+
+    Raises what `tokenise` and the gateway raise.
+    """
+    tokenised = await tokenise(service, model, items, at, timings, hint=hint, truncate=truncate)
+    vectors = np.empty((len(items), model.dimensions), np.float32)
+    by_modality: dict[str, list[int]] = {}
+    for index, tokens in enumerate(tokenised):
+        if tokens.vector is not None:
+            vectors[index] = tokens.vector
+        else:
+            by_modality.setdefault(tokens.modality, []).append(index)
+
+    async def embed(modality: str, indices: list[int]) -> None:
+        sequences = [tokenised[index].sequences for index in indices]
+        try:
+            vectors[indices], spent = await service.gateway.embed(model.ref, modality, sequences)
+        except IsthmusError as error:
+            if error.item is not None and error.item < len(indices):
+                error.param = at[indices[error.item]]
+            raise
+        timings.add(spent.queue_ms, spent.inference_ms)
+
+    await asyncio.gather(*(embed(modality, indices) for modality, indices in by_modality.items()))
+    return Encoded(vectors, [tokens.modality for tokens in tokenised], sum(tokens.num_tokens for tokens in tokenised))
+
+
+def _hints(model: Model, hint: Hint, num_items: int) -> list[str | None]:
+    given = hint if isinstance(hint, list) else [hint]
+    for modality in set(given):
+        if modality is not None:
+            model.check_modality(modality, param="modality")
+    if not isinstance(hint, list):
+        return [hint] * num_items
+    if len(hint) != num_items:
+        raise Invalid(f"{len(hint)} modalities for {num_items} items: give one, or one for each", param="modality")
+    return list(hint)
+
+
+def _tokenise_one(
+    model: Model, item: AnyItem, at: str, index: int, *, hint: str | None, limits: Limits, truncate: bool
+) -> Tokenised:
+    try:
+        modality, raw = read_item(item, modality_hint=hint, modalities=model.modalities, limits=limits)
+        if isinstance(raw, Raw):
+            return Tokenised(modality, model.tokenisers[modality](raw, truncate=truncate))
+        return Tokenised(modality, [], _unit(raw, model.dimensions))
+    except IsthmusError as error:
+        error.param = at if error.param is None else f"{at}.{error.param}"
+        error.item = index
+        raise
+
+
+def _unit(values: np.ndarray, dimensions: int) -> Float32[np.ndarray, " dim"]:
+    if len(values) != dimensions:
+        raise Invalid(f"a vector of {len(values)} values; the model's have {dimensions}", param="embedding")
+    wide = values.astype(np.float64)
+    length = float(np.sqrt(np.sum(wide * wide)))
+    if not (np.isfinite(length) and length > 0):
+        raise Invalid("a vector needs a direction: finite values, not all of them zero", param="embedding")
+    return (wide / length).astype(np.float32)

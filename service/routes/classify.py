@@ -1,0 +1,224 @@
+"""Zero-shot classification: any modality against labels that nobody trained.
+
+The logit of label c for item x, with the trained scale s of the pair of modalities and prompts m = 1..M of c:
+
+    score ensemble       log (1/M) sum_m exp(s <z_x, z_m>)          (Oko et al. 2025; the default)
+    embedding ensemble   s <z_x, z>, z the unit mean of the z_m     (CLIP)
+
+The score of c is the softmax over labels of logit + log prior. With `multi_label` each label is judged on its own: the
+sigmoid of its logit minus the log mean exp of all other labels' prompts, plus its prior's log odds if one is given.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import cast
+
+import numpy as np
+from fastapi import APIRouter, Response
+from jaxtyping import Float32, Float64
+
+from service.bodies import StrictRoute
+from service.catalogue import Model
+from service.contract.errors import Invalid, NotFound, TooLarge, UnsupportedMedia
+from service.contract.items import AnyItem, TextItem
+from service.contract.operations import ClassifyRequest, ClassifyResponse
+from service.deps import Inferrer, Running, Service
+from service.inputs import Timings, encode, listed, places
+from service.label_cache import LabelCache
+from service.problems import documented
+
+router = APIRouter(tags=["inference"], route_class=StrictRoute)
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """The prompts of all labels end to end; `owners[m]` is the label of prompt m."""
+
+    labels: list[str]
+    items: list[AnyItem]
+    at: list[str]
+    owners: np.ndarray
+
+
+@router.post(
+    "/classify",
+    operation_id="classify",
+    summary="Classify items by labels that are given now",
+    response_model=ClassifyResponse,
+    responses=documented(NotFound, TooLarge, UnsupportedMedia),
+)
+async def create(service: Running, caller: Inferrer, body: ClassifyRequest, response: Response) -> ClassifyResponse:
+    """Classify items by comparing them with prompts of each label, at the trained scale of their pair."""
+    model = await service.catalogue.find(caller.tenant, body.model)
+    items = listed(service, body.input, "input")
+    prompts = _prompts(body)
+    if len(prompts.items) > service.settings.max_items:
+        raise Invalid(
+            f"{len(prompts.items)} prompts, at most {service.settings.max_items} in a request", param="labels"
+        )
+    log_prior = _log_prior(body, prompts.labels)
+    if body.multi_label and len(prompts.labels) < 2:
+        raise Invalid("a label is judged against the others: give two at least", param="labels")
+    timings = Timings()
+    at = places("input", items, body.input)
+    found = await encode(service, model, items, at, timings, hint=body.modality, truncate=body.truncate)
+    z_prompts, modalities, num_tokens = await _encode_prompts(service, model, prompts, timings, truncate=body.truncate)
+    f = _scaled(model, found.vectors, found.modalities, z_prompts, modalities)
+    if body.ensemble == "score":
+        logits = _by_label(f, prompts)
+    else:
+        means, of = _mean_prompts(z_prompts, modalities, prompts)
+        logits = _scaled(model, found.vectors, found.modalities, means, of)
+    if body.multi_label:
+        scores = _alone(logits, f, prompts, log_prior if body.prior is not None else None)
+    else:
+        scores = _softmax(logits + log_prior)
+    timings.write(response)
+    top_k = min(body.top_k or len(prompts.labels), len(prompts.labels))
+    best = np.argsort(-scores, axis=1, kind="stable")[:, :top_k]
+    num_read = found.num_tokens + num_tokens
+    return ClassifyResponse.model_validate(
+        {
+            "data": [
+                {
+                    "index": index,
+                    "prediction": prompts.labels[order[0]],
+                    "score": float(scores[index, order[0]]),
+                    "predictions": [
+                        {
+                            "label": prompts.labels[label],
+                            "score": float(scores[index, label]),
+                            "logit": float(logits[index, label]),
+                        }
+                        for label in order
+                    ],
+                }
+                for index, order in enumerate(best.tolist())
+            ],
+            "model": body.model,
+            "usage": {"prompt_tokens": num_read, "total_tokens": num_read},
+        }
+    )
+
+
+def _prompts(body: ClassifyRequest) -> Prompts:
+    if isinstance(body.labels, dict):
+        if body.templates is not None:
+            raise Invalid("templates go with a list of labels; these labels have their prompts", param="templates")
+        by_label = body.labels
+        names = list(by_label)
+    else:
+        names = list(body.labels)
+        if len(set(names)) != len(names):
+            raise Invalid("a label is given twice", param="labels")
+        templates = body.templates or ["{}"]
+        for index, template in enumerate(templates):
+            if "{}" not in template:
+                raise Invalid("a template holds {}, which takes the label", param=f"templates[{index}]")
+        by_label = {
+            name: [cast("AnyItem", TextItem(text=template.replace("{}", name))) for template in templates]
+            for name in names
+        }
+    at = [f"labels.{name[:64]}[{index}]" for name in names for index in range(len(by_label[name]))]
+    owners = np.repeat(np.arange(len(names)), [len(by_label[name]) for name in names])
+    return Prompts(names, [item for name in names for item in by_label[name]], at, owners)
+
+
+def _log_prior(body: ClassifyRequest, labels: list[str]) -> Float64[np.ndarray, " label"]:
+    if body.prior is None:
+        return np.full(len(labels), -np.log(len(labels)))
+    if set(body.prior) - set(labels):
+        raise Invalid("a prior is given for what is not among the labels", param="prior")
+    weights = np.array([body.prior.get(label, 0.0) for label in labels], np.float64)
+    largest = weights.max()
+    if largest <= 0:
+        raise Invalid("not every prior can be zero", param="prior")
+    weights /= largest  # first, so that the sum of large ones stays finite
+    with np.errstate(divide="ignore"):
+        return np.log(weights / weights.sum())
+
+
+async def _encode_prompts(
+    service: Service, model: Model, prompts: Prompts, timings: Timings, *, truncate: bool
+) -> tuple[Float32[np.ndarray, "prompt dim"], list[str], int]:
+    """Return vectors and modalities of the prompts, and the tokens read for those that were not known yet."""
+    keys = [LabelCache.key(model.ref.digest, item, truncate=truncate) for item in prompts.items]
+    known = [service.labels.get(key) for key in keys]
+    missing = [index for index, entry in enumerate(known) if entry is None]
+    num_tokens = 0
+    if missing:
+        items, at = [prompts.items[index] for index in missing], [prompts.at[index] for index in missing]
+        found = await encode(service, model, items, at, timings, truncate=truncate)
+        num_tokens = found.num_tokens
+        for index, vector, modality in zip(missing, found.vectors, found.modalities, strict=True):
+            known[index] = (modality, vector)
+            service.labels.put(keys[index], modality, vector)
+    entries = [entry for entry in known if entry is not None]
+    return np.stack([vector for _, vector in entries]), [modality for modality, _ in entries], num_tokens
+
+
+def _scaled(
+    model: Model,
+    z_items: Float32[np.ndarray, "item dim"],
+    item_modalities: list[str],
+    z_prompts: Float32[np.ndarray, "prompt dim"],
+    prompt_modalities: list[str],
+) -> Float64[np.ndarray, "item prompt"]:
+    """Return scale * cosine, the scale that of each pair of modalities.
+
+    Raises Invalid for a pair that was never trained.
+    """
+    f = (z_items @ z_prompts.T).astype(np.float64)
+    rows, columns = np.array(item_modalities), np.array(prompt_modalities)
+    for first in dict.fromkeys(item_modalities):
+        for second in dict.fromkeys(prompt_modalities):
+            f[np.ix_(rows == first, columns == second)] *= model.scale(first, second, param="labels")
+    return f
+
+
+def _by_label(f: Float64[np.ndarray, "item prompt"], prompts: Prompts) -> Float64[np.ndarray, "item label"]:
+    columns = [_log_mean_exp(f[:, prompts.owners == label]) for label in range(len(prompts.labels))]
+    return np.stack(columns, axis=1)
+
+
+def _mean_prompts(
+    z_prompts: Float32[np.ndarray, "prompt dim"], modalities: list[str], prompts: Prompts
+) -> tuple[Float32[np.ndarray, "label dim"], list[str]]:
+    means: list[np.ndarray] = []
+    of: list[str] = []
+    for label, name in enumerate(prompts.labels):
+        mine = prompts.owners == label
+        kinds = {modality for modality, own in zip(modalities, mine, strict=True) if own}
+        if len(kinds) > 1:
+            raise Invalid(
+                "prompts of several modalities have no mean: use the score ensemble", param=f"labels.{name[:64]}"
+            )
+        mean = z_prompts[mine].mean(axis=0)
+        means.append(mean / max(float(np.linalg.norm(mean)), 1e-12))
+        of += kinds
+    return np.stack(means).astype(np.float32), of
+
+
+def _alone(
+    logits: Float64[np.ndarray, "item label"],
+    f: Float64[np.ndarray, "item prompt"],
+    prompts: Prompts,
+    log_prior: Float64[np.ndarray, " label"] | None,
+) -> Float64[np.ndarray, "item label"]:
+    others = np.stack([_log_mean_exp(f[:, prompts.owners != label]) for label in range(len(prompts.labels))], axis=1)
+    odds = logits - others
+    if log_prior is not None:
+        odds = odds + log_prior - np.log1p(-np.exp(np.minimum(log_prior, -1e-12)))
+    with np.errstate(over="ignore"):
+        return 1.0 / (1.0 + np.exp(-odds))
+
+
+def _log_mean_exp(values: Float64[np.ndarray, "item prompt"]) -> Float64[np.ndarray, " item"]:
+    top = values.max(axis=1, keepdims=True)
+    return top[:, 0] + np.log(np.exp(values - top).mean(axis=1))
+
+
+def _softmax(values: Float64[np.ndarray, "item label"]) -> Float64[np.ndarray, "item label"]:
+    weights = np.exp(values - values.max(axis=1, keepdims=True))
+    return weights / weights.sum(axis=1, keepdims=True)

@@ -1,0 +1,72 @@
+"""Embeddings: OpenAI's shape, every kind of item."""
+
+from __future__ import annotations
+
+import base64
+import json
+
+import numpy as np
+from fastapi import APIRouter, Response
+from jaxtyping import Float32
+
+from service.bodies import StrictRoute
+from service.contract.errors import Invalid, NotFound, TooLarge, UnsupportedMedia
+from service.contract.items import EmbeddingItem
+from service.contract.operations import EmbeddingsRequest, EmbeddingsResponse
+from service.deps import Inferrer, Running
+from service.inputs import Timings, encode, listed, places
+from service.problems import documented
+
+router = APIRouter(tags=["inference"], route_class=StrictRoute)
+
+
+@router.post(
+    "/embeddings",
+    operation_id="create_embeddings",
+    summary="Embed items",
+    response_model=EmbeddingsResponse,
+    responses=documented(NotFound, TooLarge, UnsupportedMedia),
+)
+async def create(service: Running, caller: Inferrer, body: EmbeddingsRequest) -> Response:
+    """Embed text, images, sounds, tokens and tensors, in any mix, to unit vectors of one space.
+
+    `usage` counts what the model read: text ids, image patches, sound patches.
+    """
+    model = await service.catalogue.find(caller.tenant, body.model)
+    items = listed(service, body.input, "input")
+    at = places("input", items, body.input)
+    for place, item in zip(at, items, strict=True):
+        if isinstance(item, EmbeddingItem):
+            raise Invalid("this is a vector already", param=f"{place}.embedding")
+    if body.dimensions is not None and body.dimensions > model.dimensions:
+        raise Invalid(f"at most {model.dimensions}, the model's own", param="dimensions")
+    timings = Timings()
+    found = await encode(service, model, items, at, timings, hint=body.modality, truncate=body.truncate)
+    vectors = _cut(found.vectors, body.dimensions)
+    rows = vectors.tolist() if body.encoding_format == "float" else [_base64(vector) for vector in vectors]
+    # No model of pydantic's here: it would look at every number of every vector.
+    document = {
+        "object": "list",
+        "data": [
+            {"object": "embedding", "index": index, "embedding": row, "modality": modality}
+            for index, (row, modality) in enumerate(zip(rows, found.modalities, strict=True))
+        ],
+        "model": body.model,
+        "usage": {"prompt_tokens": found.num_tokens, "total_tokens": found.num_tokens},
+    }
+    response = Response(json.dumps(document, separators=(",", ":")), media_type="application/json")
+    timings.write(response)
+    return response
+
+
+def _cut(vectors: Float32[np.ndarray, "item dim"], dimensions: int | None) -> Float32[np.ndarray, "item dim"]:
+    """Keep the first dimensions and normalise again; a vector without length in them stays zero."""
+    if dimensions is None or dimensions == vectors.shape[1]:
+        return vectors
+    short = vectors[:, :dimensions]
+    lengths = np.linalg.norm(short, axis=1, keepdims=True)
+    return (short / np.maximum(lengths, np.finfo(np.float32).tiny)).astype(np.float32)
+
+
+def _base64(vector: Float32[np.ndarray, " dim"]) -> str:
+    return base64.b64encode(vector.astype("<f4").tobytes()).decode()
