@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Final, assert_never
 
 import numpy as np
@@ -33,14 +32,9 @@ from service.contract.tokens.tokenise import EncodedRaw, PixelsRaw, Raw, ReadyRa
 from service.contract.tokens.uri import DataUri, data_uri, strict_base64
 
 Modalities = Mapping[str, TokeniserConfig]
+Vector = Float32[np.ndarray, " value"]
+"""A vector made earlier: finite, not zero, of any length."""
 INT32: Final = np.iinfo(np.int32)
-
-
-@dataclass(frozen=True, slots=True)
-class Vector:
-    """A vector made earlier: finite, not zero, of any length."""
-
-    values: Float32[np.ndarray, " value"]
 
 
 def read_item(
@@ -182,7 +176,7 @@ def _vector(values: list[Number]) -> Vector:
     vector = _float32(values, "embedding")
     if not vector.any():
         raise Invalid("the embedding is zero: it has no direction", param="embedding")
-    return Vector(vector)
+    return vector
 
 
 def _float32(values: list[Number] | list[list[Number]], param: str) -> np.ndarray:
