@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -17,6 +17,7 @@ from service.demo.specimens import MEDIA_TYPES, Collection, Specimen
 
 IMAGES_SHOWN: Final = 8
 SOUNDS_SHOWN: Final = 3
+SHARES_SHOWN: Final = 3
 TAUGHT_SHOWN: Final = 6
 TEMPLATE: Final = Path(__file__).with_name("page.html")
 
@@ -27,8 +28,9 @@ class Answers:
 
     images: Collection
     sounds: Collection
-    to_images: list[dict[str, Any]]
-    to_sounds: list[dict[str, Any]]
+    heard: dict[int, dict[str, Any]]  # position of a held-out sound -> its composition with all held-out images
+    seen: dict[int, dict[str, Any]]  # position of a held-out image -> its composition with all held-out sounds
+    diagnostics: dict[str, list[dict[str, Any]]]  # direction -> of every answer that the figures count
     figures: list[Figure]
 
 
@@ -41,8 +43,8 @@ def write_page(path: Path, answers: Answers, *, model: dict[str, Any], recipe: d
         pairs=_pairs(model),
         taught_images="".join(_taught(each, _image(each)) for each in _varied(answers.images.train)),
         taught_sounds="".join(_taught(each, _sound(each)) for each in _varied(answers.sounds.train)),
-        heard="".join(_heard(at, answers) for at in _one_each(answers.sounds.holdout)),
-        seen="".join(_seen(at, answers) for at in _one_each(answers.images.holdout)),
+        heard="".join(_heard(at, answers) for at in answers.heard),
+        seen="".join(_seen(at, answers) for at in answers.seen),
         diagnostics=_diagnostics(answers),
         steps=recipe["budget"]["steps"],
         towers=_towers(recipe),
@@ -58,7 +60,7 @@ def name_of(label: str, specimens: Sequence[Specimen]) -> str:
     return min((each.caption for each in specimens if each.label == label), key=lambda text: (len(text), text))
 
 
-def _one_each(specimens: Sequence[Specimen]) -> list[int]:
+def one_each(specimens: Sequence[Specimen]) -> list[int]:
     """Pick the first specimen of every label: chosen before any answer is known."""
     first: dict[str, int] = {}
     for at, specimen in enumerate(specimens):
@@ -69,12 +71,13 @@ def _one_each(specimens: Sequence[Specimen]) -> list[int]:
 def _varied(specimens: Sequence[Specimen]) -> list[Specimen]:
     """Pick specimens of different labels and captions."""
     chosen: dict[str, Specimen] = {}
-    captions: set[str] = set()
-    for specimen in specimens:
-        pattern = specimen.caption.replace(specimen.label, "")
-        if specimen.label not in chosen and pattern not in captions:
-            chosen[specimen.label] = specimen
-            captions.add(pattern)
+    patterns: set[str] = set()
+    for different in (True, False):  # first another way of saying it each time, then whatever label is left
+        for specimen in specimens:
+            pattern = specimen.caption.replace(specimen.label, "")
+            if specimen.label not in chosen and (pattern not in patterns or not different):
+                chosen[specimen.label] = specimen
+                patterns.add(pattern)
     return list(chosen.values())[:TAUGHT_SHOWN]
 
 
@@ -117,47 +120,57 @@ def _taught(specimen: Specimen, shown: str) -> str:
     return f"<figure>{shown}<figcaption>“{escape(specimen.caption)}”</figcaption></figure>"
 
 
-def _match(match: dict[str, Any], found: Specimen, wanted: str, show: Callable[[Specimen], str]) -> str:
-    verdict = "right" if found.label == wanted else "wrong"
-    share = match["posterior"]
-    number = f"{100 * share:.1f} %" if share is not None else f"{match['score']:.2f}"
-    return (
-        f'<figure class="{verdict}">{show(found)}<span class="share"><i style="width:{100 * (share or 0):.1f}%"></i></span>'
-        f"<figcaption>{number}</figcaption></figure>"
-    )
+def _match(found: Specimen, wanted: str, shown: str) -> str:
+    return f'<figure class="{"right" if found.label == wanted else "wrong"}">{shown}</figure>'
 
 
 def _heard(at: int, answers: Answers) -> str:
-    asked, answer = answers.sounds.holdout[at], answers.to_images[at]
-    matches = [
-        _match(match, answers.images.holdout[match["index"]], asked.label, _image)
-        for match in answer["matches"][:IMAGES_SHOWN]
-    ]
-    return _answer(_sound(asked), asked, answers.sounds.train, matches)
+    asked, found = answers.sounds.holdout[at], answers.images.holdout
+    best = _best(answers.heard[at], found, IMAGES_SHOWN)
+    matches = [_match(each, asked.label, _image(each)) for each in best]
+    return _answer(_sound(asked), asked, matches, _shares(answers.heard[at], found), answers.images.train)
 
 
 def _seen(at: int, answers: Answers) -> str:
-    asked, answer = answers.images.holdout[at], answers.to_sounds[at]
-    matches = [
-        _match(match, answers.sounds.holdout[match["index"]], asked.label, _sound)
-        for match in answer["matches"][:SOUNDS_SHOWN]
-    ]
-    return _answer(_image(asked), asked, answers.images.train, matches)
+    asked, found = answers.images.holdout[at], answers.sounds.holdout
+    best = _best(answers.seen[at], found, SOUNDS_SHOWN)
+    matches = [_match(each, asked.label, _sound(each)) for each in best]
+    return _answer(_image(asked), asked, matches, _shares(answers.seen[at], found), answers.sounds.train)
 
 
-def _answer(shown: str, asked: Specimen, known: Sequence[Specimen], matches: Sequence[str]) -> str:
+def _best(answer: dict[str, Any], found: Sequence[Specimen], count: int) -> list[Specimen]:
+    return [found[int(match["index"])] for match in answer["matches"][:count]]
+
+
+def _shares(answer: dict[str, Any], found: Sequence[Specimen]) -> list[tuple[str, float]]:
+    """Add the posterior up over the targets of each label, largest first; empty where the method states none."""
+    shares: dict[str, float] = {}
+    for match in answer["matches"]:
+        if match["posterior"] is not None:
+            label = found[int(match["index"])].label
+            shares[label] = shares.get(label, 0.0) + match["posterior"]
+    return sorted(shares.items(), key=lambda pair: -pair[1])[:SHARES_SHOWN]
+
+
+def _answer(
+    shown: str, asked: Specimen, matches: Sequence[str], shares: list[tuple[str, float]], known: Sequence[Specimen]
+) -> str:
     origin = f"<small>{escape(asked.origin)}</small>" if asked.origin else ""
-    name = escape(name_of(asked.label, known))
+    bars = "".join(
+        f"<span>{escape(name_of(label, known))}</span>"
+        f'<span class="share"><i style="width:{100 * share:.1f}%"></i></span><span>{100 * share:.0f} %</span>'
+        for label, share in shares
+    )
     return (
-        f'<div class="answer"><figure class="asked">{shown}<figcaption><strong>{name}</strong>{origin}</figcaption>'
-        f'</figure><span class="arrow">→</span><div class="matches">{"".join(matches)}</div></div>'
+        f'<div class="answer"><figure class="asked">{shown}<figcaption><strong>{escape(asked.caption)}</strong>{origin}'
+        f'</figcaption></figure><span class="arrow">→</span><div class="matches">{"".join(matches)}</div>'
+        f'<div class="shares">{bars}</div></div>'
     )
 
 
 def _diagnostics(answers: Answers) -> str:
     rows: list[str] = []
-    for title, composed in (("sound to images", answers.to_images), ("image to sounds", answers.to_sounds)):
-        every = [answer["diagnostics"] for answer in composed]
+    for title, every in answers.diagnostics.items():
         first = every[0]
         trusted = sum(bool(each["value_trusted"]) for each in every)
         warnings = sorted({warning for each in every for warning in each["warnings"]})[:4]

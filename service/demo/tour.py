@@ -25,7 +25,7 @@ from service.demo import digits, speech
 from service.demo.client import Client, DemoError, item, vectors
 from service.demo.figures import Figure, figures
 from service.demo.folder import read_folder
-from service.demo.page import Answers, write_page
+from service.demo.page import Answers, one_each, write_page
 from service.demo.progress import Advance, progress
 from service.demo.recipes import STEPS, recipe
 from service.demo.service import own_service
@@ -170,7 +170,24 @@ def _ask(client: Client, images: Collection, sounds: Collection) -> Answers:
         to_images=to_images,
         to_sounds=to_sounds,
     )
-    return Answers(images=images, sounds=sounds, to_images=to_images, to_sounds=to_sounds, figures=found)
+    questions, riddles = one_each(heard), one_each(seen)
+    in_full = client.compose(
+        MODEL, [item("audio", heard[at]) for at in questions], vectors("image", z_image), len(seen)
+    )
+    back_in_full = client.compose(
+        MODEL, [item("image", seen[at]) for at in riddles], vectors("audio", z_audio), len(heard)
+    )
+    return Answers(
+        images=images,
+        sounds=sounds,
+        heard=dict(zip(questions, in_full, strict=True)),
+        seen=dict(zip(riddles, back_in_full, strict=True)),
+        diagnostics={
+            "sound to images": [answer["diagnostics"] for answer in to_images],
+            "image to sounds": [answer["diagnostics"] for answer in to_sounds],
+        },
+        figures=found,
+    )
 
 
 def _labels(specimens: Sequence[Specimen]) -> list[str]:
