@@ -29,6 +29,7 @@ MAX_BRACES: Final = 100_000
 MAX_FILES: Final = 5_000_000
 BUFFER_BYTES: Final = 1 << 20
 MAX_READS_AT_END: Final = 1000
+UNSAFE: Final = re.compile(r"[\x00-\x1f\\]")
 
 
 class Tree(ABC):
@@ -312,7 +313,7 @@ def visible(name: str) -> bool:
 
 def safe_name(text: str) -> str | None:
     """Return a relative path in normal form; None if it could lead anywhere else."""
-    if not text or len(text) > 1024 or "\\" in text or text.startswith("/") or any(ord(c) < 32 for c in text):
+    if not text or len(text) > 1024 or text.startswith("/") or UNSAFE.search(text):
         return None
     parts = [part for part in text.split("/") if part not in {"", "."}]
     if not parts or ".." in parts or (len(parts[0]) > 1 and parts[0][1] == ":"):

@@ -55,6 +55,8 @@ def _read_tree(tree: Tree, wanted: Wanted, *, inside: bool) -> Iterator[Raw]:
     by_format: dict[Format, list[str]] = {}
     for name in names:
         by_format.setdefault(formats[_extension(name)], []).append(name)
+    if inside and (packed := [name for name in names if formats[_extension(name)] in {"zip", "tar", "parquet"}]):
+        raise Permanent(f"{tree.title}: {packed[0]} is an archive within a zip, and is not read")
     if shards := by_format.get("tar"):
         yield from read_shards(tree, shards, wanted)
     elif files := by_format.get("parquet"):
@@ -63,8 +65,6 @@ def _read_tree(tree: Tree, wanted: Wanted, *, inside: bool) -> Iterator[Raw]:
 
         yield from read_parquet(tree, files, wanted)
     elif archives := by_format.get("zip"):
-        if inside:
-            raise Permanent(f"{tree.title}: a zip within a zip is not read")
         for name in archives:
             with tree.open(name) as stream:
                 yield from _read_tree(ZipTree(stream, name), wanted, inside=True)
@@ -143,8 +143,6 @@ def _is_tar_header(head: bytes) -> bool:
         return False
     try:
         tarfile.TarInfo.frombuf(head[: tarfile.BLOCKSIZE], "utf-8", "surrogateescape")
-    except tarfile.EOFHeaderError:  # pyright: ignore[reportAttributeAccessIssue]
-        return True  # blocks of zeros: an archive without members
     except (tarfile.TarError, ValueError):
         return False
     return True

@@ -92,8 +92,8 @@ def _members(stream: BinaryIO, shard: str, wanted: Wanted) -> Iterator[Member]:
             while (info := archive.next()) is not None:
                 archive.members = []  # pyright: ignore[reportAttributeAccessIssue]  # Python keeps every header it has seen
                 last = info.name
-                # Compressed bytes are what the stream has given out so far.
-                if archive.offset > RATIO_ALLOWANCE_BYTES + MAX_RATIO * max(1, stream.tell()):
+                # What came out so far, against what the stream gave for it.
+                if info.offset > RATIO_ALLOWANCE_BYTES + MAX_RATIO * max(1, stream.tell()):
                     raise Permanent(f"{shard}: more than {MAX_RATIO} bytes come out of one, at {last[:200]!r}")
                 if (member := _member(archive, info, wanted)) is not None:
                     yield member

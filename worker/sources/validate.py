@@ -115,7 +115,7 @@ def _tokens(array: np.ndarray) -> Checked:
         raise Invalid(f"an array of {array.dtype}, not of numbers")
     if array.size == 0:
         raise Invalid("empty")
-    if len(array) > MAX_TOKENS:
+    if array.ndim and len(array) > MAX_TOKENS:
         raise Invalid(f"{len(array)} tokens and the limit is {MAX_TOKENS}")
     if array.ndim == 1 and array.dtype.kind in "iu":
         low, high = int(array.min()), int(array.max())

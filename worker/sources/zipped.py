@@ -6,12 +6,13 @@ that. What comes out is counted while it is inflated, whatever the headers claim
 
 from __future__ import annotations
 
+import io
 import stat
 import struct
 import unicodedata
 import zipfile
 import zlib
-from typing import TYPE_CHECKING, BinaryIO, Final, cast, final
+from typing import IO, TYPE_CHECKING, BinaryIO, Final, cast, final
 
 from typing_extensions import override
 
@@ -20,7 +21,7 @@ from worker.sources.location import Tree, safe_name, visible
 from worker.sources.sample import MAX_RATIO, MAX_VALUE_BYTES, RATIO_ALLOWANCE_BYTES
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 MAX_ENTRIES: Final = 500_000
 MAX_DIRECTORY_BYTES: Final = 64 << 20
@@ -59,10 +60,7 @@ class ZipTree(Tree):
 
     @override
     def open(self, name: str) -> BinaryIO:
-        try:
-            return cast("BinaryIO", self._zip.open(self._entries[name]))
-        except DAMAGE as error:
-            raise Permanent(f"{self.title}: {name} is damaged: {error}") from error
+        return cast("BinaryIO", io.BufferedReader(_Member(self._opened(name), f"{self.title}: {name}", self._count)))
 
     @override
     def head(self, name: str) -> bytes:
@@ -78,24 +76,61 @@ class ZipTree(Tree):
         return data
 
     def _inflate(self, name: str, limit: int) -> bytes:
-        """Read a member up to a limit, counting real bytes.
+        """Read a member up to a limit.
 
-        Raises Permanent if the archive as a whole gives far more than it holds, Invalid if the member is damaged.
+        Raises Invalid if it is damaged, Permanent if the archive as a whole gives far more than it holds.
         """
         data = bytearray()
         try:
-            with self.open(name) as stream:
+            with self._opened(name) as stream:
                 while len(data) < limit and (block := stream.read(min(BLOCK_BYTES, limit - len(data)))):
                     data += block
-                    self._inflated += len(block)
-                    if self._inflated > RATIO_ALLOWANCE_BYTES + MAX_RATIO * self._num_bytes:
-                        raise Permanent(
-                            f"{self.title}: {self._inflated} bytes came out of {self._num_bytes}, "
-                            f"more than {MAX_RATIO} to 1, at {name}"
-                        )
+                    self._count(len(block))
         except DAMAGE as error:
             raise Invalid(f"{name} is damaged: {error}") from error
         return bytes(data)
+
+    def _opened(self, name: str) -> IO[bytes]:
+        try:
+            return self._zip.open(self._entries[name])
+        except DAMAGE as error:
+            raise Permanent(f"{self.title}: {name} is damaged: {error}") from error
+
+    def _count(self, num_bytes: int) -> None:
+        self._inflated += num_bytes
+        if self._inflated > RATIO_ALLOWANCE_BYTES + MAX_RATIO * self._num_bytes:
+            raise Permanent(
+                f"{self.title}: {self._inflated} bytes came out of {self._num_bytes}, more than {MAX_RATIO} to 1"
+            )
+
+
+@final
+class _Member(io.RawIOBase):
+    """A member that is read piece by piece, and counted."""
+
+    def __init__(self, inner: IO[bytes], title: str, count: Callable[[int], None]) -> None:
+        self._inner = inner
+        self._title = title
+        self._count = count
+
+    @override
+    def readable(self) -> bool:
+        return True
+
+    @override
+    def readinto(self, buffer: bytearray | memoryview, /) -> int:  # pyright: ignore[reportIncompatibleMethodOverride]
+        try:
+            block = self._inner.read(len(buffer))
+        except DAMAGE as error:
+            raise Permanent(f"{self._title} is damaged: {error}") from error
+        self._count(len(block))
+        buffer[: len(block)] = block
+        return len(block)
+
+    @override
+    def close(self) -> None:
+        self._inner.close()
+        super().close()
 
 
 def _check_directory_size(stream: BinaryIO, title: str) -> int:
