@@ -224,7 +224,7 @@ def upgrade() -> None:
         sa.Column("step", sa.BigInteger(), autoincrement=False, nullable=False),
         sa.Column("tenant_id", sa.String(64), nullable=False),
         sa.Column("epoch", sa.BigInteger(), nullable=False),
-        sa.Column("artifact", sa.Text(), nullable=False, comment="the model directory within the checkpoint"),
+        sa.Column("artifact", sa.Text(), nullable=False, comment="of the checkpoint, whose model/ is a model"),
         sa.Column("digest", sa.String(64), nullable=False),
         sa.Column("metrics", JSON, nullable=False),
         sa.Column("created_at", INSTANT, nullable=False),

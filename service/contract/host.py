@@ -10,7 +10,8 @@ import tempfile
 from pathlib import Path
 from typing import Final
 
-_MAX_SOCKET_PATH: Final = 100  # sun_path ends at 108 bytes on Linux and at 104 on macOS
+_MAX_SOCKET_PATH: Final = 103  # sun_path ends at 108 bytes on Linux and at 104 on macOS, with a NUL
+_MAX_NAME: Final = 24
 
 
 def boot_id() -> str:
@@ -29,17 +30,25 @@ def host_name() -> str:
 
 
 def socket_folder(data: Path) -> Path:
-    """Make and return the folder for sockets that belong to a data folder, readable by its owner only (0700).
+    """Return the folder for sockets of at most 24 characters that belong to a data folder.
 
     It is `run` in the data folder, or, where that path is too long for a socket, a temporary folder named by the hash
-    of the data folder. Every process of one owner finds the same folder. Raises PermissionError when the temporary
-    folder exists and belongs to somebody else.
+    of the data folder. Every process of one owner finds the same folder; it may not exist.
     """
     data = data.resolve()
     folder = data / "run"
-    if len(os.fsencode(folder)) + 40 > _MAX_SOCKET_PATH:
+    if len(os.fsencode(folder)) + 1 + _MAX_NAME > _MAX_SOCKET_PATH:
         digest = hashlib.sha256(os.fsencode(data)).hexdigest()[:16]
         folder = Path(tempfile.gettempdir()) / f"isthmus-{os.getuid()}-{digest}"
+    return folder
+
+
+def make_socket_folder(data: Path) -> Path:
+    """Make the folder for sockets that belong to a data folder, readable by its owner only (0700).
+
+    Raises PermissionError when it exists and belongs to somebody else.
+    """
+    folder = socket_folder(data)
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     status = folder.lstat()
     if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():

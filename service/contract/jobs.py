@@ -9,9 +9,10 @@ from __future__ import annotations
 from typing import Annotated, Any, Final, Literal
 
 from pydantic import Field, StrictBool, StrictInt, TypeAdapter
+from typing_extensions import TypedDict
 
 from service.contract.recipe import Recipe
-from service.contract.word import Id, ModalityName, Name, Text, Word
+from service.contract.word import Id, ModalityName, Name, Real, Text, Word
 
 Lane = Literal["train", "bulk"]
 State = Literal["scheduled", "queued", "running", "succeeded", "failed", "cancelled"]
@@ -19,10 +20,19 @@ Status = Literal["queued", "running", "cancelling", "succeeded", "failed", "canc
 FINISHED: Final[frozenset[State]] = frozenset({"succeeded", "failed", "cancelled"})
 
 
+class Input(TypedDict):
+    """An artifact that a job reads; `id` is the row's, or `job_x@<step>` for a checkpoint."""
+
+    artifact: str
+    digest: str
+    id: str
+    kind: Literal["model", "dataset"]
+
+
 class Holdout(Word):
     """The share of a data set that training never sees."""
 
-    fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    fraction: Annotated[Real, Field(ge=0, lt=1)] = 0.0
     seed: Annotated[StrictInt, Field(ge=0, le=2**31)] = 0
     group_by: Annotated[
         Text | None,
@@ -43,7 +53,7 @@ class IngestArgs(Word):
         dict[ModalityName, Text] | None,
         Field(description="modality -> member extension or column; null: recognised by extension and column name"),
     ] = None
-    max_bad_fraction: Annotated[float, Field(ge=0, le=1)] = 0.1
+    max_bad_fraction: Annotated[Real, Field(ge=0, le=1)] = 0.1
     holdout: Holdout | None = None
 
 

@@ -15,9 +15,9 @@ from pydantic import ValidationError
 
 from service.contract import references
 from service.contract.errors import RequestError
-from service.contract.jobs import Lane, State, TrainArgs, args_adapter
+from service.contract.jobs import Input, Lane, State, TrainArgs, args_adapter
 from service.contract.outcomes import add_event, end, give_up
-from service.contract.references import Args, Input
+from service.contract.references import Args
 from service.contract.tables import after, checkpoint, job, job_input, now, worker
 from service.contract.transact import read, transact
 
@@ -106,7 +106,7 @@ _orphan = (
         job.c.worker_id,
         job.c.cancel_requested_at.is_not(None).label("cancel_requested"),
     )
-    .order_by(job.c.id)
+    .order_by(job.c.worker_id, job.c.id)  # the order of job_running
     .limit(_BATCH)
     .with_for_update(of=job, skip_locked=True)
 )
@@ -166,6 +166,7 @@ class Claim:
 class Lease:
     """A job that the database says this worker runs."""
 
+    id: int
     epoch: int
     cancel_requested: bool
 
@@ -193,7 +194,7 @@ def heartbeat(engine: sa.Engine, worker_id: str) -> Heartbeat:
 def leases(engine: sa.Engine, worker_id: str) -> dict[int, Lease]:
     """Return the jobs that this worker holds, by row id; one that it runs and does not find here is lost."""
     rows = read(engine, lambda conn: conn.execute(_LEASES, {"worker": worker_id}).all())
-    return {row.id: Lease(row.lease_epoch, row.cancel) for row in rows}
+    return {row.id: Lease(row.id, row.lease_epoch, row.cancel) for row in rows}
 
 
 def drain(engine: sa.Engine, worker_id: str) -> None:

@@ -17,6 +17,7 @@ from sqlalchemy.dialects.postgresql import insert
 
 from service.contract.errors import TooLarge
 from service.contract.jobs import EmbedResult, EvaluateResult, IngestArgs, IngestResult, State, TrainArgs, TrainResult
+from service.contract.recipe import Budget
 from service.contract.tables import (
     after,
     alias,
@@ -34,7 +35,7 @@ from service.contract.tables import (
 from service.contract.transact import transact
 
 if TYPE_CHECKING:
-    from service.contract.leases import Claim
+    from service.contract.leases import Claim, Lease
 
 Result = IngestResult | TrainResult | EmbedResult | EvaluateResult
 MAX_RESULT_BYTES: Final = 1 << 20
@@ -119,6 +120,16 @@ _CHECKPOINT: Final = insert(checkpoint).on_conflict_do_update(
         "created_at": now(),
     },
 )
+# The trainer removes the files of all but its newest ones; a step that is gone is not found.
+_PRUNE_CHECKPOINTS: Final = sa.delete(checkpoint).where(
+    checkpoint.c.job_id == sa.bindparam("of_job"),
+    checkpoint.c.step.not_in(
+        sa.select(checkpoint.c.step)
+        .where(checkpoint.c.job_id == sa.bindparam("of_job"))
+        .order_by(checkpoint.c.step.desc())
+        .limit(sa.bindparam("keep"))
+    ),
+)
 _ALIAS: Final = insert(alias).on_conflict_do_update(
     index_elements=[alias.c.tenant_id, alias.c.name], set_={"model_id": sa.literal_column("excluded.model_id")}
 )
@@ -130,7 +141,7 @@ _DATASET_STATE: Final = _DATASET.values(state=sa.bindparam("new_state"))
 
 @dataclass(frozen=True)
 class Saved:
-    """A checkpoint that was published; `artifact` is the model directory within it."""
+    """A checkpoint that was published: `artifact` is its key, whose `model/` has the layout of a model."""
 
     step: int
     artifact: str
@@ -153,7 +164,7 @@ class Batch:
 
 
 def record(engine: sa.Engine, claim: Claim, worker_id: str, batch: Batch) -> bool:
-    """Write progress (done, total, seconds left), events, metrics and checkpoints; False if the lease is lost.
+    """Write what a running job reported, in one transaction; False if the lease is lost.
 
     Metrics that are not finite numbers are left out: no reader could show them.
     """
@@ -179,6 +190,9 @@ def record(engine: sa.Engine, claim: Claim, worker_id: str, batch: Batch) -> boo
         for statement, rows in ((_EVENT, events), (_METRIC, metrics), (_CHECKPOINT, checkpoints)):
             if rows:
                 conn.execute(statement, rows)
+        if checkpoints and isinstance(claim.args, TrainArgs):
+            keep = (claim.args.recipe.budget or Budget()).keep_checkpoints
+            conn.execute(_PRUNE_CHECKPOINTS, {"of_job": claim.id, "keep": keep})
         return True
 
     return transact(engine, work)
@@ -243,14 +257,14 @@ def cancelled(engine: sa.Engine, claim: Claim, worker_id: str) -> State | None:
     return transact(engine, work)
 
 
-def release(engine: sa.Engine, claim: Claim, worker_id: str) -> State | None:
+def release(engine: sa.Engine, held: Claim | Lease, worker_id: str) -> State | None:
     """Put a job back to the head of its lane because the worker stops; the attempt does not count.
 
     Returns the state (`cancelled` if somebody asked for that), or None if the lease is lost.
     """
 
     def work(conn: sa.Connection) -> State | None:
-        row = conn.execute(_HOLD, _fence(claim, worker_id)).one_or_none()
+        row = conn.execute(_HOLD, _fence(held, worker_id)).one_or_none()
         if row is None:
             return None
         if row.cancel_requested:
@@ -346,7 +360,7 @@ def storable(value: Any) -> Any:
     return value
 
 
-def _fence(claim: Claim, worker_id: str) -> dict[str, Any]:
+def _fence(claim: Claim | Lease, worker_id: str) -> dict[str, Any]:
     return {"job_id": claim.id, "epoch": claim.epoch, "worker": worker_id}
 
 

@@ -5,24 +5,15 @@ A model is named by its id, by an alias, or as `job_x@latest` and `job_x@<step>`
 
 from __future__ import annotations
 
-from typing import Final, Literal, TypedDict
+from typing import Final
 
 import sqlalchemy as sa
 
 from service.contract.errors import Conflict, Invalid, NotFound
-from service.contract.jobs import EmbedArgs, EvaluateArgs, IngestArgs, TrainArgs, inputs_of
+from service.contract.jobs import EmbedArgs, EvaluateArgs, IngestArgs, Input, TrainArgs, inputs_of
 from service.contract.tables import alias, checkpoint, dataset, job, model
 
 Args = IngestArgs | TrainArgs | EmbedArgs | EvaluateArgs
-
-
-class Input(TypedDict):
-    """An artifact that is read; `id` is the row's, or `job_x@<step>` for a checkpoint."""
-
-    artifact: str
-    digest: str
-    id: str
-    kind: Literal["model", "dataset"]
 
 
 _DATASET: Final = sa.select(dataset.c.id, dataset.c.state, dataset.c.artifact, dataset.c.digest).where(

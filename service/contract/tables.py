@@ -72,7 +72,10 @@ class Instant(TypeDecorator[datetime]):
 
 
 class now(ColumnElement[datetime]):  # noqa: N801  # reads as the SQL function it is
-    """The database's clock, moving within a transaction."""
+    """The database's clock at the start of the statement.
+
+    So it moves within a transaction, and an index can be searched for it, as it cannot for `clock_timestamp()`.
+    """
 
     type = Instant()
     inherit_cache = True
@@ -90,7 +93,7 @@ class after(FunctionElement[datetime]):  # noqa: N801
 
 @compiles(now)
 def _now(_element: now, _compiler: Any, **_: Any) -> str:
-    return "clock_timestamp()"
+    return "statement_timestamp()"
 
 
 @compiles(now, "sqlite")
@@ -100,7 +103,7 @@ def _now_sqlite(_element: now, _compiler: Any, **_: Any) -> str:
 
 @compiles(after)
 def _after(element: after, compiler: Any, **options: Any) -> str:
-    return f"(clock_timestamp() + make_interval(secs => {compiler.process(element.clauses, **options)}))"
+    return f"(statement_timestamp() + make_interval(secs => {compiler.process(element.clauses, **options)}))"
 
 
 @compiles(after, "sqlite")
@@ -279,7 +282,7 @@ checkpoint = Table(
     Column("step", BigInteger, primary_key=True, autoincrement=False),
     Column("tenant_id", String(64), nullable=False),
     Column("epoch", BigInteger, nullable=False),
-    Column("artifact", Text, nullable=False, comment="the model directory within the checkpoint"),
+    Column("artifact", Text, nullable=False, comment="of the checkpoint, whose model/ is a model"),
     Column("digest", String(64), nullable=False),
     Column("metrics", Json, nullable=False),
     _created(),
@@ -413,7 +416,8 @@ def open_engine(url: str, *, pool_size: int = 5) -> sa.Engine:
 
 def _prepare_sqlite(connection: sqlite3.Connection, _record: object) -> None:
     connection.isolation_level = None  # the driver would otherwise begin transactions behind our back
-    connection.create_function("isthmus_now", 0, lambda: time.time_ns() // 1000)
+    # "Deterministic" makes it constant within one statement, as statement_timestamp() is.
+    connection.create_function("isthmus_now", 0, lambda: time.time_ns() // 1000, deterministic=True)
     for pragma in (
         "journal_mode=WAL",
         "synchronous=FULL",

@@ -20,7 +20,7 @@ import psycopg
 import sqlalchemy as sa
 from sqlalchemy import event
 
-from service.contract.host import socket_folder
+from service.contract.host import make_socket_folder, socket_folder
 
 CHANNEL: Final = "isthmus_job"
 _NOTIFY: Final = sa.select(sa.func.pg_notify(CHANNEL, ""))
@@ -31,19 +31,15 @@ def hint(conn: sa.Connection) -> None:
     """Wake the supervisors once this transaction commits."""
     if conn.dialect.name == "postgresql":
         conn.execute(_NOTIFY)
-    elif (folder := _folder(conn.engine)) is not None:
+    elif (data := _data_folder(conn.engine)) is not None:
+        folder = socket_folder(data)
         # The event comes just before the commit; a supervisor that is faster waits for the write lock.
         event.listen(conn, "commit", partial(_send, folder), once=True)
 
 
-def _folder(engine: sa.Engine) -> Path | None:
+def _data_folder(engine: sa.Engine) -> Path | None:
     database = engine.url.database
-    if not database or database == ":memory:":
-        return None
-    try:
-        return socket_folder(Path(database).resolve().parent)
-    except OSError:
-        return None
+    return Path(database).resolve().parent if database and database != ":memory:" else None
 
 
 def _send(folder: Path, _connection: sa.Connection) -> None:
@@ -80,8 +76,8 @@ class Listener:
                 url = self._engine.url.set(drivername="postgresql").render_as_string(hide_password=False)
                 self._connection = psycopg.connect(url, autocommit=True, connect_timeout=5)
                 self._connection.execute(f"LISTEN {CHANNEL}")
-            elif (folder := _folder(self._engine)) is not None:
-                self._path = folder / f"wake-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+            elif (data := _data_folder(self._engine)) is not None:
+                self._path = make_socket_folder(data) / f"wake-{os.getpid()}-{uuid.uuid4().hex[:8]}"
                 self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
                 self._socket.settimeout(0)
                 self._socket.bind(str(self._path))

@@ -1,0 +1,75 @@
+"""The heartbeat: a thread with a connection of its own, so that nothing the supervisor does can hold it up."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from typing import final
+
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
+
+from service.contract import leases
+from service.contract.tables import open_engine
+
+_log = logging.getLogger(__name__)
+
+
+@final
+class Heartbeat:
+    """Says that a worker lives, every few seconds."""
+
+    def __init__(self, url: str, interval_s: float) -> None:
+        self._engine = open_engine(url, pool_size=1)
+        self._interval_s = interval_s
+        self._worker_id: str | None = None
+        self._stop = threading.Event()
+        self._dead = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
+        self._well_since: float | None = None
+
+    @property
+    def declared_dead(self) -> bool:
+        """Whether somebody removed this worker's row: everything it runs is lost."""
+        return self._dead.is_set()
+
+    def well_for_s(self) -> float:
+        """Return for how long the database has taken every heartbeat, seconds."""
+        since = self._well_since
+        return 0.0 if since is None else time.monotonic() - since
+
+    def beat_for(self, worker_id: str) -> None:
+        """Start, or go on under a new id."""
+        self._worker_id = worker_id
+        self._well_since = time.monotonic()
+        self._dead.clear()
+        if not self._thread.is_alive():
+            self._thread.start()
+
+    def stop(self) -> None:
+        """Stop and close the connection."""
+        self._stop.set()
+        if self._thread.is_alive():
+            self._thread.join()
+        self._engine.dispose()
+
+    def _run(self) -> None:
+        while not self._stop.wait(self._interval_s):
+            worker_id = self._worker_id
+            if worker_id is None or self._dead.is_set():
+                continue
+            try:
+                answer = leases.heartbeat(self._engine, worker_id)
+            except (DBAPIError, PoolTimeout) as error:
+                self._well_since = None
+                _log.warning("heartbeat failed", extra={"fields": {"worker": worker_id, "error": _first_line(error)}})
+                continue
+            if self._well_since is None:
+                self._well_since = time.monotonic()
+            if not answer.alive and worker_id == self._worker_id:
+                self._dead.set()
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]

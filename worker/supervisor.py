@@ -1,0 +1,384 @@
+"""The supervisor: claims jobs, gives each to a runner, writes down what it says and how it ends. It loads no torch.
+
+One thread does everything but the heartbeat. It sleeps until a runner writes, a hint comes, a signal comes or a tick is
+due. All database work of a turn stands in `_turn`; when the database is away the runners go on, what they say is kept,
+and the turn is tried again later.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import random
+import selectors
+import shutil
+import signal
+import socket
+import sqlite3
+import time
+from collections.abc import Iterable
+from importlib.metadata import PackageNotFoundError, version
+from typing import Final, assert_never, cast, final
+
+from sqlalchemy.exc import DataError, DBAPIError, IntegrityError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
+
+from service.contract import leases, outcomes, queue
+from service.contract.errors import TooLarge
+from service.contract.host import boot_id, host_name
+from service.contract.jobs import KINDS, Lane, State
+from service.contract.leases import Claim, WorkerInfo
+from service.contract.outcomes import Batch
+from service.contract.settings import Settings
+from service.contract.tables import open_engine
+from service.contract.wake import Listener
+from service.contract.word import new_id
+from worker.cpus import num_cpus
+from worker.heartbeat import Heartbeat
+from worker.inference import Inference
+from worker.running import Done, Failed, Running, Stopped
+from worker.slot import Slot
+
+_log = logging.getLogger(__name__)
+_HINT_S: Final = 0.02  # between two turns that hints asked for
+_HOUSEKEEPING_S: Final = 3600.0
+_LAST_WRITES_S: Final = 5.0  # for a database that is away while the supervisor stops
+_SAFE_SQLITE: Final = (3, 51, 3)
+
+
+@final
+class Supervisor:
+    """One worker: its lanes' slots, its inference process, its row."""
+
+    def __init__(self, settings: Settings) -> None:
+        lanes = settings.lane_set()
+        self._settings = settings
+        url = settings.resolved_database_url()
+        self._engine = open_engine(url, pool_size=2)
+        self._listener = Listener(self._engine)
+        self._heartbeat = Heartbeat(url, settings.heartbeat_s)
+        self._worker_id: str | None = None
+        self._first_id = new_id("worker")
+        self._scratch = settings.data.resolve() / "scratch" / self._first_id
+        environment = {"HF_HUB_OFFLINE": "1", **os.environ}
+        cpus = num_cpus()
+        self._all_threads, self._job_threads = cpus, max(1, cpus - 1) if "serve" in lanes else cpus
+        self._inference = Inference(settings, environment=environment, num_threads=cpus) if "serve" in lanes else None
+        job_lanes = cast("list[Lane]", [lane for lane in ("train", "bulk") if lane in lanes])
+        self._slots = [Slot(lane, preload=settings.preload, environment=environment) for lane in job_lanes]
+        self._signals = 0
+        self._stop_at: float | None = None
+        self._announced = False
+        self._next_tick = self._next_rescue = self._next_housekeeping = 0.0
+        self._database_at = 0.0
+        self._outages = 0
+        self._turn_at = 0.0
+
+    def run(self) -> int:
+        """Work until a signal says stop; return the exit status."""
+        waker, woken = socket.socketpair()
+        for end in (waker, woken):
+            end.setblocking(False)  # noqa: FBT003  # positional in the standard library
+        signal.set_wakeup_fd(waker.fileno(), warn_on_full_buffer=False)
+        signal.signal(signal.SIGTERM, self._on_signal)
+        signal.signal(signal.SIGINT, self._on_signal)
+        self._scratch.mkdir(parents=True, exist_ok=True)
+        self._warn_of_old_sqlite()
+        try:
+            while not self._finished():
+                self._wait(woken)
+                self._look_after_children()
+                if self._is_due():
+                    self._turn_guarded()
+        finally:
+            self._close()
+            waker.close()
+            woken.close()
+        return 0
+
+    # Signals and sleep
+
+    def _on_signal(self, number: int, _frame: object) -> None:
+        # The second one, or the first from a terminal, waits for nobody.
+        self._signals += 2 if number == signal.SIGINT else 1
+
+    def _wait(self, woken: socket.socket) -> None:
+        self._listener.open()
+        until = self._next_tick if not self._outages else self._database_at
+        timeout_s = max(0.0, min(until - time.monotonic(), self._settings.tick_s))
+        with selectors.DefaultSelector() as selector:
+            selector.register(woken, selectors.EVENT_READ)
+            if (hints := self._listener.fileno()) is not None:
+                selector.register(hints, selectors.EVENT_READ, "hint")
+            for running in self._running():
+                if not running.child.ended:
+                    selector.register(running.child, selectors.EVENT_READ)
+            # A runner whose channel is closed is about to be gone: look again soon.
+            leaving = any(running.child.ended and running.status is None for running in self._running())
+            ready = selector.select(min(timeout_s, 0.01) if leaving else timeout_s)
+        if any(key.data == "hint" for key, _ in ready):
+            self._listener.drain()
+            pause = self._turn_at + _HINT_S - time.monotonic()
+            if pause > 0:
+                time.sleep(pause)  # a thousand hints a second are a few dozen turns
+            self._next_tick = 0.0
+        with contextlib.suppress(BlockingIOError):
+            woken.recv(64)
+
+    def _running(self) -> Iterable[Running]:
+        return [slot.running for slot in self._slots if slot.running is not None]
+
+    # Processes
+
+    def _look_after_children(self) -> None:
+        now = time.monotonic()
+        if self._signals and self._stop_at is None:
+            self._stop_at = now + self._settings.shutdown_grace_s
+            _log.info("stopping", extra={"fields": {"grace_s": self._settings.shutdown_grace_s}})
+            for running in self._running():
+                running.ask("interrupt", self._settings.shutdown_grace_s)
+            self._next_tick = 0.0
+        if self._signals > 1 and self._stop_at is not None and self._stop_at > now:
+            self._stop_at = now
+            for running in self._running():
+                running.ask("interrupt", 0)
+                running.kill_after(0, "cancel" if running.asked == "cancel" else "interrupt")
+        for slot in self._slots:
+            if slot.running is not None:
+                slot.running.read()
+            slot.prepare(stopping=self._stop_at is not None)
+            if slot.free():
+                self._next_tick = 0.0
+        if self._inference is not None:
+            if self._stop_at is None:
+                self._inference.keep()
+            busy = any(slot.running is not None for slot in self._slots)
+            self._inference.control("threads", 1 if busy else self._all_threads)
+            self._inference.control("memory", self._settings.serve_memory_fraction if busy else 1.0)
+
+    def _finished(self) -> bool:
+        if self._stop_at is None:
+            return False
+        return not any(self._running()) or time.monotonic() > self._stop_at + _LAST_WRITES_S
+
+    def _close(self) -> None:
+        for slot in self._slots:
+            slot.close()
+        if self._inference is not None:
+            self._inference.stop(grace_s=0.0 if self._signals > 1 else 2.0)
+        if self._worker_id is not None:
+            try:
+                leases.unregister(self._engine, self._worker_id)
+            except (DBAPIError, PoolTimeout) as error:
+                _log.warning("the worker's row stays behind", extra={"fields": {"error": _first_line(error)}})
+        self._heartbeat.stop()
+        self._listener.close()
+        self._engine.dispose()
+        shutil.rmtree(self._scratch, ignore_errors=True)
+        _log.info("stopped", extra={"fields": {"worker": self._worker_id}})
+
+    # The database
+
+    def _is_due(self) -> bool:
+        now = time.monotonic()
+        if now < self._database_at:
+            return False
+        return now >= self._next_tick or self._heartbeat.declared_dead or any(x.is_due(now) for x in self._running())
+
+    def _turn_guarded(self) -> None:
+        try:
+            self._turn()
+        except (DBAPIError, PoolTimeout) as error:
+            self._outages += 1
+            pause_s = min(5.0, 0.1 * 2**self._outages) * (0.5 + random.random() / 2)
+            self._database_at = time.monotonic() + pause_s
+            fields = {"error": _first_line(error), "again_in_s": round(pause_s, 2)}
+            _log.error("the database does not answer", extra={"fields": fields})
+        else:
+            if self._outages:
+                _log.info("the database answers again")
+            self._outages, self._database_at = 0, 0.0
+
+    def _turn(self) -> None:
+        now = self._turn_at = time.monotonic()
+        if self._worker_id is None or self._heartbeat.declared_dead:
+            self._register()
+        for slot in self._slots:
+            if slot.running is not None:
+                self._write(slot.running)
+                slot.free()
+        if now < self._next_tick:
+            return
+        if self._stop_at is not None and not self._announced and self._worker_id is not None:
+            leases.drain(self._engine, self._worker_id)
+            self._announced = True
+        self._follow_leases()
+        leases.promote(self._engine)
+        self._rescue(now)
+        if self._stop_at is None:
+            for slot in self._slots:
+                if slot.running is None:
+                    self._claim(slot)
+        self._next_tick = now + self._settings.tick_s
+
+    def _register(self) -> None:
+        if self._worker_id is not None:
+            _log.error("this worker was declared dead", extra={"fields": {"worker": self._worker_id}})
+            for running in self._running():
+                running.kill_after(0, "lost")
+        first = self._worker_id is None
+        info = WorkerInfo(
+            id=self._first_id if first else new_id("worker"),
+            lanes=sorted(self._settings.lane_set()),
+            kinds=list(KINDS),
+            host=host_name(),
+            boot=boot_id(),
+            pid=os.getpid(),
+            endpoint=None if self._inference is None else self._inference.endpoint,
+            device=self._settings.device,
+            version=_version(),
+        )
+        if first:
+            self._bury_neighbours(info)
+        leases.register(self._engine, info)
+        self._worker_id = info.id
+        self._heartbeat.beat_for(info.id)
+        fields = {"worker": info.id, "lanes": ",".join(info.lanes), "endpoint": info.endpoint, "device": info.device}
+        _log.info("registered", extra={"fields": fields})
+
+    def _bury_neighbours(self, info: WorkerInfo) -> None:
+        # Workers of this boot whose process is gone need not be waited for.
+        found = leases.neighbours(self._engine, host=info.host, boot=info.boot)
+        dead = [worker_id for worker_id, pid in found.items() if pid == info.pid or not _is_alive(pid)]
+        for worker_id in dead:
+            shutil.rmtree(self._scratch.parent / worker_id, ignore_errors=True)
+        if dead:
+            for public_id, state in leases.forget(self._engine, dead):
+                _log.warning("rescued", extra={"fields": {"job": public_id, "state": state}})
+
+    def _follow_leases(self) -> None:
+        assert self._worker_id is not None
+        held = leases.leases(self._engine, self._worker_id)
+        for running in self._running():
+            lease = held.pop(running.claim.id, None)
+            if running.settled or running.outcome is not None:
+                continue
+            if lease is None or lease.epoch != running.claim.epoch:
+                _log.error("the lease is lost", extra={"fields": _about(running.claim)})
+                running.kill_after(0, "lost")
+            elif lease.cancel_requested:
+                running.ask("cancel", self._settings.cancel_grace_s)
+        for lease in held.values():
+            # Claimed in a transaction whose answer never came: nobody runs it.
+            outcomes.release(self._engine, lease, self._worker_id)
+
+    def _rescue(self, now: float) -> None:
+        # After an outage everybody looks dead for a moment: only who has been well for a while may judge.
+        settings = self._settings
+        if now < self._next_rescue or self._heartbeat.well_for_s() < settings.worker_ttl_s:
+            return
+        self._next_rescue = now + settings.heartbeat_s
+        for public_id, state in leases.rescue(self._engine, ttl_s=settings.worker_ttl_s):
+            _log.warning("rescued", extra={"fields": {"job": public_id, "state": state}})
+        if now >= self._next_housekeeping:
+            self._next_housekeeping = now + _HOUSEKEEPING_S
+            queue.prune_idempotency(self._engine)
+
+    def _claim(self, slot: Slot) -> None:
+        assert self._worker_id is not None
+        ttl_s = self._settings.worker_ttl_s
+        claims = leases.claim(self._engine, worker_id=self._worker_id, lane=slot.lane, kinds=KINDS, ttl_s=ttl_s)
+        for claim in claims:
+            _log.info("claimed", extra={"fields": {**_about(claim), "kind": claim.kind, "tenant": claim.tenant_id}})
+            settings = self._settings
+            try:
+                slot.start(
+                    claim,
+                    scratch=self._scratch / f"{claim.public_id}-{claim.epoch}",
+                    store_url=settings.resolved_store_url(),
+                    device=settings.device,
+                    num_threads=self._job_threads,
+                )
+            except OSError as error:
+                _log.error("no runner could be started", extra={"fields": {**_about(claim), "error": str(error)}})
+                outcomes.snooze(self._engine, claim, self._worker_id, settings.heartbeat_s)
+
+    def _write(self, running: Running) -> None:
+        assert self._worker_id is not None
+        now = time.monotonic()
+        if not running.is_due(now):
+            return
+        claim, worker_id = running.claim, self._worker_id
+        if running.batch:
+            running.written_at = now
+            try:
+                kept = outcomes.record(self._engine, claim, worker_id, running.batch)
+            except (IntegrityError, DataError) as error:
+                _log.error("a report was dropped", extra={"fields": {**_about(claim), "error": _first_line(error)}})
+                kept = True
+            running.batch = Batch()
+            if not kept and running.outcome is None:
+                _log.error("the lease is lost", extra={"fields": _about(claim)})
+                running.kill_after(0, "lost")
+        if running.outcome is None:
+            return
+        state = self._settle(running)
+        running.settled = True
+        fields = {**_about(claim), "state": state or "lost", "seconds": round(now - running.started_at, 3)}
+        if isinstance(running.outcome, Failed):
+            fields["error"] = str(running.outcome.error.get("message"))
+        _log.log(logging.INFO if state else logging.ERROR, "ended", extra={"fields": fields})
+
+    def _settle(self, running: Running) -> State | None:
+        assert self._worker_id is not None
+        engine, claim, worker_id = self._engine, running.claim, self._worker_id
+        match running.outcome:
+            case Done(result):
+                try:
+                    return outcomes.finish(engine, claim, worker_id, result)
+                except (IntegrityError, DataError, TooLarge) as error:
+                    failed = {"type": type(error).__name__, "message": _first_line(error), "code": "result_refused"}
+                    return outcomes.fail(engine, claim, worker_id, failed, retry=False)
+            case Failed(error, retry):
+                return outcomes.fail(engine, claim, worker_id, error, retry=retry)
+            case Stopped("cancel"):
+                return outcomes.cancelled(engine, claim, worker_id)
+            case Stopped("interrupt"):
+                return outcomes.release(engine, claim, worker_id)
+            case Stopped():
+                return None
+            case None:
+                raise AssertionError
+            case _:
+                assert_never(running.outcome)
+
+    def _warn_of_old_sqlite(self) -> None:
+        if self._engine.dialect.name == "sqlite" and sqlite3.sqlite_version_info < _SAFE_SQLITE:
+            fields = {"version": sqlite3.sqlite_version, "use": "3.51.3 or later, or PostgreSQL"}
+            _log.warning("this SQLite may damage a file that two processes checkpoint", extra={"fields": fields})
+
+
+def _about(claim: Claim) -> dict[str, object]:
+    return {"job": claim.public_id, "attempt": claim.attempt, "epoch": claim.epoch}
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _version() -> str:
+    try:
+        return version("isthmus")
+    except PackageNotFoundError:
+        return "0"
