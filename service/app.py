@@ -88,10 +88,10 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.add_exception_handler(RequestValidationError, on_validation_error)
     app.include_router(health.router)
     for part in (limits, keys, jobs, models, embedding_sets):
-        app.include_router(part.router, prefix="/v1", responses=EVERYWHERE, max_body_size=SMALL_BODY_BYTES)
+        app.include_router(part.router, responses=EVERYWHERE, max_body_size=SMALL_BODY_BYTES)
     for part in (tokenize, embeddings, classify, compose):
-        app.include_router(part.router, prefix="/v1", responses=EVERYWHERE, max_body_size=settings.max_body_bytes)
-    app.include_router(datasets.router, prefix="/v1", responses=EVERYWHERE, max_body_size=settings.max_upload_bytes)
+        app.include_router(part.router, responses=EVERYWHERE, max_body_size=settings.max_body_bytes)
+    app.include_router(datasets.router, responses=EVERYWHERE, max_body_size=settings.max_upload_bytes)
     app.openapi = lambda: _openapi(app)
     return app
 

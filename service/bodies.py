@@ -15,7 +15,6 @@ from fastapi.routing import APIRoute
 
 from service.contract.errors import Invalid, Malformed, UnsupportedMedia
 
-
 MAX_KEYS: Final = 10_000
 
 

@@ -166,7 +166,7 @@ def explain(errors: Sequence[Any], body: Any) -> IsthmusError:
     if kind == "json_invalid":
         return Malformed(f"the body is not JSON that we read: {first.get('ctx', {}).get('error', 'syntax error')}")
     param = place(loc, body, key_expected=kind in {"missing", "extra_forbidden"})
-    if kind == "finite_number":
+    if kind == "finite_number" and not isinstance(first.get("input"), str):
         return Malformed("NaN and infinity are no JSON numbers", param=param)
     others = len({place(tuple(other["loc"]), body, key_expected=False) for other in errors[1:20]} - {param})
     more = f" (and {others} more)" if others else ""

@@ -10,10 +10,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field, StrictBool, StrictInt, model_validator
 
-from service.contract.word import Word
+from service.contract.word import Real, Word
 
 Medium = Literal["image", "text", "audio", "discrete", "continuous"]
-Seconds = Annotated[float, Field(gt=0, le=600)]
+Seconds = Annotated[Real, Field(gt=0, le=600)]
 
 
 class ImageTokens(Word):
@@ -71,8 +71,8 @@ class AudioTokens(Word):
     sample_rate: Annotated[StrictInt, Field(ge=4000, le=96_000, description="Hz, after resampling")] = 16_000
     window_s: Annotated[Seconds, Field(description="seconds of sound in one sequence")] = 1.0
     mels: Annotated[StrictInt, Field(ge=8, le=256, description="mel bands")] = 64
-    frame_ms: Annotated[float, Field(gt=1, le=200, description="length of a frame, milliseconds")] = 25.0
-    hop_ms: Annotated[float, Field(gt=1, le=100, description="distance between frames, milliseconds")] = 10.0
+    frame_ms: Annotated[Real, Field(gt=1, le=200, description="length of a frame, milliseconds")] = 25.0
+    hop_ms: Annotated[Real, Field(gt=1, le=100, description="distance between frames, milliseconds")] = 10.0
     frames: Annotated[StrictInt, Field(ge=1, le=64, description="frames in one token")] = 4
     windows: Annotated[
         StrictInt,

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 from pydantic import Field, StrictBool, StrictInt, StrictStr
 
 from service.contract.items import Item, Items
-from service.contract.word import Id, ModalityName, Word
+from service.contract.word import Id, ModalityName, Real, Word
 
 Modalities = Annotated[list[ModalityName], Field(fail_fast=True)]
 TopK = Annotated[StrictInt, Field(ge=1, le=10_000)]
@@ -108,7 +108,7 @@ class ClassifyRequest(Word):
         ),
     ] = "score"
     prior: Annotated[
-        dict[StrictStr, Annotated[float, Field(ge=0)]] | None,
+        dict[StrictStr, Annotated[Real, Field(ge=0)]] | None,
         Field(description="label -> prior probability; missing labels are 0; scaled to sum 1; null: uniform"),
     ] = None
     multi_label: Annotated[
@@ -183,7 +183,7 @@ class ComposeRequest(Word):
         ),
     ] = "auto"
     prior: Annotated[
-        Annotated[list[Annotated[float, Field(ge=0)]], Field(fail_fast=True)] | None,
+        Annotated[list[Annotated[Real, Field(ge=0)]], Field(fail_fast=True)] | None,
         Field(description="prior weight of each target, scaled to sum 1; null: uniform over the targets"),
     ] = None
     top_k: TopK = 10

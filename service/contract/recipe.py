@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 from pydantic import Field, StrictBool, StrictInt, model_validator
 
 from service.contract.modality import TokeniserConfig
-from service.contract.word import Id, ModalityName, Word
+from service.contract.word import Id, ModalityName, Real, Word
 
 
 class Tower(Word):
@@ -21,9 +21,9 @@ class Tower(Word):
     width: Annotated[StrictInt, Field(ge=8, le=8192)] = 64
     depth: Annotated[StrictInt, Field(ge=1, le=128, description="blocks")] = 2
     heads: Annotated[StrictInt, Field(ge=1, le=128)] = 4
-    mlp_ratio: Annotated[float, Field(gt=0, le=16)] = 4.0
+    mlp_ratio: Annotated[Real, Field(gt=0, le=16)] = 4.0
     pooling: Literal["mean", "cls"] = "mean"
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    dropout: Annotated[Real, Field(ge=0, lt=1)] = 0.0
 
     @model_validator(mode="after")
     def _heads_divide_the_width(self) -> Tower:
@@ -40,7 +40,7 @@ class Pair(Word):
     modalities: Annotated[
         tuple[ModalityName, ModalityName], Field(description="both present in every sample of the data set")
     ]
-    weight: Annotated[float, Field(gt=0, le=1000, description="relative share of the steps")] = 1.0
+    weight: Annotated[Real, Field(gt=0, le=1000, description="relative share of the steps")] = 1.0
 
     @model_validator(mode="after")
     def _two_different_ones(self) -> Pair:
@@ -54,8 +54,8 @@ class InfoNCE(Word):
     """Symmetric InfoNCE over the batch, the mean of both directions (CLIP)."""
 
     kind: Literal["info_nce"] = "info_nce"
-    init_scale: Annotated[float, Field(gt=0, le=1000, description="the logit scale at the start")] = 14.285714
-    max_scale: Annotated[float, Field(gt=0, le=1000, description="the logit scale never exceeds this")] = 100.0
+    init_scale: Annotated[Real, Field(gt=0, le=1000, description="the logit scale at the start")] = 14.285714
+    max_scale: Annotated[Real, Field(gt=0, le=1000, description="the logit scale never exceeds this")] = 100.0
     learn_scale: StrictBool = True
 
 
@@ -65,12 +65,12 @@ Loss = InfoNCE  # a discriminated union on `kind` as soon as there are two
 class Optimiser(Word):
     """AdamW with linear warm-up, cosine decay and clipping of the gradient's norm."""
 
-    learning_rate: Annotated[float, Field(gt=0, le=10)] = 1e-3
-    weight_decay: Annotated[float, Field(ge=0, le=10)] = 0.05
-    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.98)
+    learning_rate: Annotated[Real, Field(gt=0, le=10)] = 1e-3
+    weight_decay: Annotated[Real, Field(ge=0, le=10)] = 0.05
+    betas: tuple[Annotated[Real, Field(ge=0, lt=1)], Annotated[Real, Field(ge=0, lt=1)]] = (0.9, 0.98)
     warmup_steps: Annotated[StrictInt, Field(ge=0, le=10_000_000)] = 50
-    final_fraction: Annotated[float, Field(ge=0, le=1, description="of the learning rate, at the last step")] = 0.0
-    clip_norm: Annotated[float, Field(gt=0, le=1e6)] = 1.0
+    final_fraction: Annotated[Real, Field(ge=0, le=1, description="of the learning rate, at the last step")] = 0.0
+    clip_norm: Annotated[Real, Field(gt=0, le=1e6)] = 1.0
 
 
 class Budget(Word):
@@ -78,7 +78,7 @@ class Budget(Word):
 
     steps: Annotated[StrictInt, Field(ge=1, le=100_000_000)] = 1000
     batch_size: Annotated[StrictInt, Field(ge=2, le=1_048_576, description="pairs in a step")] = 128
-    checkpoint_s: Annotated[float, Field(ge=0, le=86_400, description="at most this much work is at risk, seconds")] = (
+    checkpoint_s: Annotated[Real, Field(ge=0, le=86_400, description="at most this much work is at risk, seconds")] = (
         60.0
     )
     keep_checkpoints: Annotated[StrictInt, Field(ge=2, le=100)] = 2

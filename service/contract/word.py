@@ -6,13 +6,16 @@ import re
 import secrets
 from typing import Annotated, Final
 
-from pydantic import BaseModel, ConfigDict, StringConstraints
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 ALPHABET: Final = "0123456789abcdefghjkmnpqrstvwxyz"  # Crockford's base 32: no letter that reads like another
 MODALITY: Final = re.compile(r"^[a-z][a-z0-9_]{0,31}$")
 
 ModalityName = Annotated[str, StringConstraints(pattern=MODALITY.pattern, strict=True)]
 """A free name for a kind of data, such as `image`, `imu` or `state`."""
+
+Real = Annotated[float, Field(strict=True)]
+"""A number, whole or not; never a string that reads like one."""
 
 Text = Annotated[str, StringConstraints(strict=True)]
 Name = Annotated[str, StringConstraints(strict=True, min_length=1, max_length=200, pattern=r"^[^\x00-\x1f\x7f]+$")]

@@ -28,7 +28,7 @@ from service.inputs import Timings, encode, listed, places
 from service.label_cache import LabelCache
 from service.problems import documented
 
-router = APIRouter(tags=["inference"], route_class=StrictRoute)
+router = APIRouter(tags=["inference"], prefix="/v1", route_class=StrictRoute)
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from service.keys import Caller
 from service.legs import Leg, Way, along, within
 from service.problems import documented
 
-router = APIRouter(tags=["inference"], route_class=StrictRoute)
+router = APIRouter(tags=["inference"], prefix="/v1", route_class=StrictRoute)
 
 MAX_ANSWER: Final = 1_000_000
 """Matches in one answer: sources times top_k."""

@@ -19,7 +19,7 @@ from service.contract.jobs import Holdout, IngestArgs
 from service.contract.samples import Samples
 from service.contract.tables import dataset, job, job_input, now, owned
 from service.contract.tokens.decode import array
-from service.contract.word import ModalityName, Name, Text, Word, new_id
+from service.contract.word import ModalityName, Name, Real, Text, Word, new_id
 from service.deps import IdempotencyKey, Reader, Running, Service, Writer
 from service.idempotency import Answer
 from service.keys import Caller
@@ -38,7 +38,7 @@ from service.resources import (
 )
 from service.uploads import Upload, receive
 
-router = APIRouter(tags=["datasets"], prefix="/datasets")
+router = APIRouter(tags=["datasets"], prefix="/v1/datasets")
 
 REMOTE: Final = frozenset({"s3", "gs", "az"})
 PREVIEW_BYTES: Final = 256 << 10
@@ -72,7 +72,7 @@ class CreateDataset(Word):
         Field(description="modality -> member extension or column; null: recognised", max_length=MAX_NAMED),
     ] = None
     holdout: Holdout | None = None
-    max_bad_fraction: Annotated[float, Field(ge=0, le=1, description="more rejected samples fail the job")] = 0.1
+    max_bad_fraction: Annotated[Real, Field(ge=0, le=1, description="more rejected samples fail the job")] = 0.1
 
 
 class UploadDataset(Word):
@@ -83,7 +83,7 @@ class UploadDataset(Word):
         dict[ModalityName, Annotated[Text, Field(max_length=200)]] | None, Field(max_length=MAX_NAMED)
     ] = None
     holdout: Holdout | None = None
-    max_bad_fraction: Annotated[float, Field(ge=0, le=1)] = 0.1
+    max_bad_fraction: Annotated[Real, Field(ge=0, le=1)] = 0.1
 
 
 _created: TypeAdapter[CreateDataset] = TypeAdapter(CreateDataset)

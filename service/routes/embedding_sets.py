@@ -16,7 +16,7 @@ from service.paging import WantedPage, check_id, select_page
 from service.problems import documented
 from service.resources import Deleted, EmbeddingSet, EmbeddingSetList, FileList, embedding_set_of
 
-router = APIRouter(tags=["embedding sets"], prefix="/embedding-sets")
+router = APIRouter(tags=["embedding sets"], prefix="/v1/embedding-sets")
 
 
 @router.get("", operation_id="list_embedding_sets", summary="List embedding sets")

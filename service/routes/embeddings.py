@@ -17,7 +17,7 @@ from service.deps import Inferrer, Running
 from service.inputs import Timings, encode, listed, places
 from service.problems import documented
 
-router = APIRouter(tags=["inference"], route_class=StrictRoute)
+router = APIRouter(tags=["inference"], prefix="/v1", route_class=StrictRoute)
 
 
 @router.post(

@@ -42,7 +42,7 @@ from service.resources import (
     select_jobs,
 )
 
-router = APIRouter(tags=["jobs"], prefix="/jobs", route_class=StrictRoute)
+router = APIRouter(tags=["jobs"], prefix="/v1/jobs", route_class=StrictRoute)
 
 MetadataKey = Annotated[str, StringConstraints(strict=True, min_length=1, max_length=64)]
 MetadataValue = Annotated[str, StringConstraints(strict=True, max_length=512)]

@@ -14,7 +14,7 @@ from service.paging import WantedPage, check_id, select_page
 from service.problems import documented
 from service.resources import CreatedKey, Deleted, KeyList, key_of
 
-router = APIRouter(tags=["keys"], prefix="/keys", route_class=StrictRoute)
+router = APIRouter(tags=["keys"], prefix="/v1/keys", route_class=StrictRoute)
 
 
 @router.post("", operation_id="create_key", summary="Create an API key", status_code=201)

@@ -7,7 +7,7 @@ from fastapi import APIRouter
 from service.contract.word import Word
 from service.deps import Reader, Running
 
-router = APIRouter(tags=["limits"])
+router = APIRouter(tags=["limits"], prefix="/v1")
 
 
 class Limits(Word):

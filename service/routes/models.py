@@ -21,7 +21,7 @@ from service.paging import WantedPage, check_id, select_page
 from service.problems import documented
 from service.resources import Deleted, FileList, Model, ModelList, aliases_of, model_of
 
-router = APIRouter(tags=["models"], prefix="/models", route_class=StrictRoute)
+router = APIRouter(tags=["models"], prefix="/v1/models", route_class=StrictRoute)
 
 MAX_ALIASES: Final = 32
 MODEL: Final = "a model's id or alias, or job_x@latest, job_x@<step> for a checkpoint"

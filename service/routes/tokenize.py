@@ -16,7 +16,7 @@ from service.deps import Inferrer, Running
 from service.inputs import Timings, listed, places, tokenise
 from service.problems import documented
 
-router = APIRouter(tags=["inference"], route_class=StrictRoute)
+router = APIRouter(tags=["inference"], prefix="/v1", route_class=StrictRoute)
 
 
 @router.post(
