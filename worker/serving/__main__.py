@@ -8,27 +8,26 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
-import ipaddress
 import json
 import logging
 import os
 import socket
-import stat
 import sys
 import threading
-from collections.abc import Callable, Generator
-from pathlib import Path
-from typing import Any, Final, cast
+from collections.abc import Callable
+from typing import Final
 
 import torch
 import uvicorn
 
 from service.contract.artifacts import open_store
 from service.contract.settings import Settings
+from worker import logs
 from worker.learning.device import choose_device
+from worker.lifeline import die_with_parent
 from worker.serving.batcher import Batcher
 from worker.serving.bridge import Bridges
+from worker.serving.endpoint import BadEndpoint, listen
 from worker.serving.operations import Parts
 from worker.serving.residency import Residency
 from worker.serving.server import create_app
@@ -36,19 +35,14 @@ from worker.serving.server import create_app
 log = logging.getLogger("worker.serving")
 
 KEEP_ALIVE_S: Final = 120  # longer than any client keeps an idle connection, so none is closed as it is being used
-BACKLOG: Final = 2048
 MAX_WAITING: Final = 1 << 16
-UNIX: Final = "unix:"
-
-
-class BadEndpoint(Exception):
-    """Say why an endpoint cannot be served."""
 
 
 def main() -> int:
     """Serve until the supervisor goes away or a signal asks to stop."""
     arguments = _parse()
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s %(message)s", stream=sys.stderr)
+    die_with_parent()
+    logs.configure()
     settings = Settings()
     token = os.environ.get(arguments.token_env) or None if arguments.token_env else None
     device = choose_device(arguments.device)
@@ -63,7 +57,7 @@ def main() -> int:
     )
     try:
         with (
-            _listen(arguments.endpoint, token) as sock,
+            listen(arguments.endpoint, token) as sock,
             asyncio.Runner(loop_factory=config.get_loop_factory()) as runner,
         ):
             runner.run(_serve(uvicorn.Server(config), sock, parts))
@@ -117,79 +111,6 @@ def _setting_memory(fraction: float, device: torch.device) -> Callable[[], None]
             torch.cuda.set_per_process_memory_fraction(min(1.0, max(0.0, fraction)), device)
 
     return apply
-
-
-@contextlib.contextmanager
-def _listen(endpoint: str, token: str | None) -> Generator[socket.socket]:
-    if endpoint.startswith(UNIX):
-        with _listen_unix(Path(endpoint.removeprefix(UNIX))) as sock:
-            yield sock
-        return
-    host, _, port = endpoint.rpartition(":")
-    host = host.strip("[]")
-    if not host or not port.isdecimal():
-        msg = f"{endpoint!r} is neither unix:/path nor host:port"
-        raise BadEndpoint(msg)
-    if token is None and not _is_loopback(host):
-        msg = f"{host} can be reached from other machines: set ISTHMUS_WORKER_TOKEN, or listen on 127.0.0.1"
-        raise BadEndpoint(msg)
-    try:
-        family, _, _, _, address = socket.getaddrinfo(host, int(port), type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, socket.SOCK_STREAM) as sock:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            sock.bind(cast("Any", address))
-            sock.listen(BACKLOG)
-            yield sock
-    except OSError as error:
-        msg = f"{endpoint} cannot be bound: {error.strerror}"
-        raise BadEndpoint(msg) from error
-
-
-@contextlib.contextmanager
-def _listen_unix(path: Path) -> Generator[socket.socket]:
-    # Bound here and not by uvicorn, which opens the socket's mode to everybody.
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
-        _remove_stale(path)
-        mask = os.umask(0o177)
-        try:
-            sock.bind(str(path))
-        except OSError as error:
-            msg = f"{path} cannot be bound: {error.strerror or error}"
-            raise BadEndpoint(msg) from error
-        finally:
-            os.umask(mask)
-        sock.listen(BACKLOG)
-        try:
-            yield sock
-        finally:
-            path.unlink(missing_ok=True)
-
-
-def _remove_stale(path: Path) -> None:
-    try:
-        is_socket = stat.S_ISSOCK(path.lstat().st_mode)
-    except FileNotFoundError:
-        return
-    if not is_socket:
-        msg = f"{path} is there already, and is no socket"
-        raise BadEndpoint(msg)
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        try:
-            probe.connect(str(path))
-        except OSError:
-            path.unlink(missing_ok=True)  # its owner was killed
-            return
-    msg = f"another process listens on {path}"
-    raise BadEndpoint(msg)
-
-
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 if __name__ == "__main__":

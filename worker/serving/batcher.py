@@ -210,20 +210,23 @@ class Batcher:
         rate = self._paces.get(tickets[0].pace, self._max_tokens)
         budget = min(self._max_tokens, max(FLOOR_TOKENS, round(rate * self._step_s)))
         batch: Batch = []
-        for _ in range(len(tickets)):
+        unfinished: list[Ticket] = []
+        while tickets:
             ticket = tickets.popleft()
             if not ticket.wanted(now):
                 self._num_waiting -= len(ticket.order)
                 self.stats.dropped += len(ticket.order)
                 continue
+            if batch and budget < ticket.entries[ticket.order[0]].num_tokens:
+                tickets.appendleft(ticket)  # first in the next step
+                break
             while ticket.order and (not batch or budget >= ticket.entries[ticket.order[0]].num_tokens):
                 at = ticket.order.popleft()
                 budget -= ticket.entries[at].num_tokens
                 batch.append((ticket, at))
             if ticket.order:
-                tickets.append(ticket)
-            if budget <= 0:
-                break
+                unfinished.append(ticket)
+        tickets.extend(unfinished)  # behind those that had nothing yet
         self._num_waiting -= len(batch)
         if tickets:
             self._groups.move_to_end(key)
