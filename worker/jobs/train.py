@@ -1,0 +1,165 @@
+"""Train a recipe into a model. One loop, read from top to bottom; the parts it uses live in `worker/learning`.
+
+Where a run starts:
+1. At the newest checkpoint of this job that is whole and matches its digests (an earlier attempt was interrupted, or
+   its worker died), with that checkpoint's tokenisers.
+2. At the next older one, if that is damaged or gone.
+3. From scratch: tokenisers trained on the captions, weights drawn from the seed, vectors measured.
+All three lead to the same weights, bit for bit on the CPU.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from contextlib import closing
+from typing import TYPE_CHECKING
+
+import torch
+
+from service.contract.errors import Interrupted, Permanent
+from service.contract.jobs import TrainArgs, TrainResult
+from service.contract.recipe import Budget, InfoNCE, Optimiser, pair_name
+from worker.learning import bank, checkpoints, data, losses, optim
+from worker.learning.checkpoints import Checkpoints, Position
+from worker.learning.device import choose_device, precision_of
+from worker.learning.heldout import final_metrics
+from worker.learning.model import MultiTower, build_tokenisers, read_tokenisers, save_model, vocab_sizes
+
+if TYPE_CHECKING:
+    from worker.runner import Context
+
+
+def run(args: TrainArgs, ctx: Context) -> TrainResult:  # noqa: PLR0915 - one loop, told in order
+    """Train, publish the model, and return what the queue writes into its row.
+
+    Raises Permanent if the data do not fit the recipe or the loss stops being a number; Cancelled; Interrupted, after
+    a checkpoint was written.
+    """
+    recipe = args.recipe
+    loss_config, optimiser_config = recipe.loss or InfoNCE(), recipe.optimiser or Optimiser()
+    budget = recipe.budget or Budget()
+    device = choose_device(ctx.device)
+    autocast = precision_of(recipe.precision, device)
+    if device.type == "cpu":
+        torch.use_deterministic_algorithms(mode=True)
+        # An aid for finding reads of unset memory, on by default and 5 % of a step.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
+
+    # Data and tokenisers
+    datasets = {name: data.open_dataset(name, ctx) for name in dict.fromkeys(pair.dataset for pair in recipe.pairs)}
+    start = checkpoints.find(ctx)
+    files = read_tokenisers(start / "model") if start else data.train_tokenisers(recipe, datasets)
+    tokenisers = build_tokenisers(recipe, files)
+    pairs = data.open_pairs(recipe, datasets, tokenisers, budget.batch_size)
+    names = [pair_name(*pair.modalities) for pair in recipe.pairs]
+
+    # Model and optimiser
+    torch.manual_seed(recipe.seed)
+    model = MultiTower(recipe, vocab_sizes(recipe, tokenisers)).to(device)
+    optimiser = optim.build(optimiser_config, model.named_parameters())
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+    # Start, in the order of the module's docstring
+    environment = checkpoints.environment(device)
+    if start:
+        position = checkpoints.restore(start, model, optimiser, device)
+        same = position.environment == environment
+        ctx.event("resumed", {"step": position.step, "artifact": start.name, "same_environment": same})
+        position = position.model_copy(update={"environment": environment})
+    else:
+        data.measure(model, pairs)
+        position = Position(drawn=[0] * len(pairs), environment=environment)
+    learned_from = {
+        name: {
+            "digest": dataset.digest,
+            "split": "train",
+            "modalities": sorted({m for pair in recipe.pairs if pair.dataset == name for m in pair.modalities}),
+        }
+        for name, dataset in datasets.items()
+    }
+    saved = Checkpoints(ctx, recipe, files, learned_from, budget.keep_checkpoints)
+
+    # The loop
+    metrics: dict[str, float] = {}
+    log_time = checkpoint_time = time.monotonic()
+    log_step = position.step
+    recent: dict[str, list[float]] = {}  # since the last metrics
+    model.train()
+    try:
+        with closing(data.batches(pairs, position.drawn)) as batches:
+            while position.step < budget.steps:
+                ctx.check()
+                step_time = time.monotonic()
+                rate = optim.learning_rate(optimiser_config, position.step, budget.steps)
+                optim.set_learning_rate(optimiser, rate)
+
+                at, first, second = next(batches)
+                a, b = recipe.pairs[at].modalities
+                with autocast:
+                    z_a, z_b = model.encode(a, first.to(device)), model.encode(b, second.to(device))
+                loss = losses.info_nce(z_a, z_b, model.scale(a, b))
+                optimiser.zero_grad()
+                loss.backward()
+                norm = torch.nn.utils.clip_grad_norm_(parameters, optimiser_config.clip_norm)
+                loss_value, norm_value = torch.stack([loss.detach(), norm]).tolist()
+                if not math.isfinite(loss_value) or not math.isfinite(norm_value):
+                    what = f"the loss is {loss_value}, the norm of its gradient {norm_value}"
+                    raise Permanent(f"step {position.step + 1}, pair {names[at]}: {what}", code="not_finite")
+                optimiser.step()
+                model.clamp_scales(loss_config.max_scale)
+
+                now = time.monotonic()
+                drawn = [count + (other == at) for other, count in enumerate(position.drawn)]
+                position = position.model_copy(
+                    update={
+                        "step": position.step + 1,
+                        "drawn": drawn,
+                        "trained_s": position.trained_s + now - step_time,
+                    }
+                )
+                recent.setdefault(names[at], []).append(loss_value)
+                if position.step % budget.log_every == 0 or position.step == budget.steps:
+                    steps_per_s = (position.step - log_step) / (now - log_time)
+                    metrics |= {f"loss/{name}": sum(values) / len(values) for name, values in recent.items()}
+                    metrics |= {
+                        f"scale/{name}": float(log_scale.detach().exp()) for name, log_scale in model.log_scales.items()
+                    }
+                    metrics |= {"learning_rate": rate, "grad_norm": norm_value, "steps_per_s": steps_per_s}
+                    ctx.metric(position.step, dict(metrics))
+                    ctx.progress(position.step, budget.steps, (budget.steps - position.step) / steps_per_s)
+                    recent, log_step, log_time = {}, position.step, now
+                if now - checkpoint_time >= budget.checkpoint_s and position.step < budget.steps:
+                    saved.save(model, optimiser, position, device, metrics)
+                    checkpoint_time = time.monotonic()
+
+        # The bridge bank and the model, with the final weights
+        model.eval()
+        encoder = data.Encoder(model, device, lambda _: ctx.check())
+        banks = bank.draw_banks(encoder, recipe, pairs)
+        metrics |= final_metrics(encoder, pairs)
+        metrics["trained_s"] = position.trained_s
+    except Interrupted:
+        saved.save(model, optimiser, position, device, metrics)
+        raise
+    ctx.metric(position.step, dict(metrics))
+    model_id = "model_" + ctx.job.partition("_")[2]
+    folder = ctx.scratch / "model"
+    body = save_model(
+        model,
+        folder,
+        recipe=recipe,
+        tokeniser_files=files,
+        banks=banks,
+        extra={"step": position.step, "metrics": metrics, "data": learned_from},
+    )
+    manifest = ctx.store.publish(folder, f"models/{model_id}/{ctx.epoch}", kind="model", id=model_id, body=body)
+    return TrainResult(
+        artifact=f"models/{model_id}/{ctx.epoch}",
+        modalities=sorted(recipe.towers),
+        dimensions=recipe.dimensions,
+        logit_scales=body["logit_scales"],
+        metrics=metrics,
+        digest=manifest.digest,
+        num_bytes=manifest.num_bytes,
+    )

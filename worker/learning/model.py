@@ -1,0 +1,205 @@
+"""The model: {modality: tokens} -> {modality: unit vectors}, and its life as a directory (safetensors, never pickle).
+
+    recipe.json             verbatim
+    model.safetensors       weights, the towers' fixed first steps included
+    tokenizers/<m>.json     of each modality that is text
+    bank.safetensors        the bridge bank: `a+b/m/vectors` (bridge, dim); if items are kept also `a+b/m/values`,
+                            `a+b/m/lengths` and, where an item is several sequences, `a+b/m/owners`
+
+A published model has `manifest.json` beside these; a checkpoint holds them in `model/`, one level below its manifest.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, final
+
+import torch
+from jaxtyping import Float
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional
+
+from service.contract.recipe import InfoNCE, Recipe, pair_name
+from service.contract.tokens import tokenise
+from service.contract.tokens.text import FILE as TOKENISER_FILE
+from service.contract.tokens.tokenise import Tokeniser
+from worker.learning import towers
+from worker.learning.device import Precision
+from worker.learning.ragged import Ragged
+
+
+@final
+@dataclass(frozen=True)
+class Bank:
+    """Bridge items of one trained pair: row k of both modalities is the same sample. `items` is empty if not kept."""
+
+    vectors: dict[str, Float[Tensor, "bridge dim"]]
+    items: dict[str, Ragged] = field(default_factory=dict[str, Ragged])
+
+
+@final
+class MultiTower(nn.Module):
+    """One tower per modality in a shared space, and a learned logit scale per pair of modalities."""
+
+    def __init__(self, recipe: Recipe, vocab_sizes: Mapping[str, int]) -> None:
+        """Build the towers of a recipe; `vocab_sizes` gives the alphabet of each modality whose tokens are ids."""
+        super().__init__()
+        self.dimensions = recipe.dimensions
+        self.precision: Precision = recipe.precision
+        self.towers = {
+            name: towers.build(tower, vocab_sizes.get(name), recipe.dimensions)
+            for name, tower in sorted(recipe.towers.items())
+        }
+        for name, tower in self.towers.items():
+            # Not a ModuleDict: it refuses the names of its own methods, and a modality may be called `type`.
+            self.add_module(f"tower_{name}", tower)
+        loss = recipe.loss or InfoNCE()
+        start = torch.tensor(min(loss.init_scale, loss.max_scale)).log()
+        names = sorted({pair_name(*pair.modalities) for pair in recipe.pairs})
+        self.log_scales = nn.ParameterDict(
+            {name: nn.Parameter(start.clone(), requires_grad=loss.learn_scale) for name in names}
+        )
+
+    def encode(self, modality: str, batch: Ragged) -> Float[Tensor, "item dim"]:
+        """Encode items to unit vectors, float32; the sequences of one item are averaged as unit vectors."""
+        z = functional.normalize(self.towers[modality](batch).float(), dim=-1)
+        if batch.owners is None:
+            return z
+        sums = z.new_zeros(batch.num_items, z.shape[1]).index_add(0, batch.owners.to(z.device), z)
+        return functional.normalize(sums, dim=-1)
+
+    def scale(self, first: str, second: str) -> Float[Tensor, ""]:
+        """Return the logit scale of a trained pair, in either order."""
+        return self.log_scales[pair_name(first, second)].exp()
+
+    def is_trained(self, first: str, second: str) -> bool:
+        """Tell whether this pair of modalities was trained together."""
+        return pair_name(first, second) in self.log_scales
+
+    @torch.no_grad()
+    def clamp_scales(self, largest: float) -> None:
+        """Keep every scale at or below the largest allowed."""
+        for log_scale in self.log_scales.values():
+            log_scale.clamp_(max=torch.tensor(largest).log().item())
+
+
+@final
+@dataclass(frozen=True)
+class Loaded:
+    """A model as read from a directory: in evaluation mode, on its device, with its tokenisers and banks."""
+
+    model: MultiTower
+    recipe: Recipe
+    body: dict[str, Any]
+    tokenisers: dict[str, Tokeniser]
+    banks: dict[str, Bank]
+    num_bytes: int
+
+
+def build_tokenisers(recipe: Recipe, files: Mapping[str, Mapping[str, bytes]]) -> dict[str, Tokeniser]:
+    """Build the tokeniser of every modality; `files` holds those of the text modalities."""
+    return {name: tokenise.build(tower.tokens, files.get(name, {})) for name, tower in recipe.towers.items()}
+
+
+def read_tokenisers(folder: Path) -> dict[str, dict[str, bytes]]:
+    """Return the tokeniser files of a model's folder, by modality."""
+    return {path.stem: {TOKENISER_FILE: path.read_bytes()} for path in (folder / "tokenizers").glob("*.json")}
+
+
+def vocab_sizes(recipe: Recipe, tokenisers: Mapping[str, Tokeniser]) -> dict[str, int]:
+    """Return the size of the alphabet of each modality whose tokens are ids."""
+    sizes = {name: tokenisers[name].vocab_size for name in recipe.towers}
+    return {name: size for name, size in sizes.items() if size is not None}
+
+
+def save_model(
+    model: MultiTower,
+    folder: Path,
+    *,
+    recipe: Recipe,
+    tokeniser_files: Mapping[str, Mapping[str, bytes]],
+    banks: Mapping[str, Bank],
+    extra: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Write the model's files into a folder; return the body for its manifest, `extra` included."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "recipe.json").write_text(recipe.model_dump_json(indent=1), encoding="utf-8")
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    save_file(weights, folder / "model.safetensors")
+    for modality, files in tokeniser_files.items():
+        (folder / "tokenizers").mkdir(exist_ok=True)
+        (folder / "tokenizers" / f"{modality}.json").write_bytes(files[TOKENISER_FILE])
+    if banks:
+        save_file(_flatten(banks), folder / "bank.safetensors")
+    return {
+        "recipe": recipe.model_dump(mode="json"),
+        "modalities": {name: tower.tokens.model_dump(mode="json") for name, tower in recipe.towers.items()},
+        "dimensions": recipe.dimensions,
+        "logit_scales": {name: float(log_scale.detach().exp()) for name, log_scale in model.log_scales.items()},
+        "pairs": [name.split("+") for name in model.log_scales],
+        "banks": {
+            name: {"size": len(next(iter(bank.vectors.values()))), "items": bool(bank.items)}
+            for name, bank in banks.items()
+        },
+        "torch": torch.__version__,
+        **extra,
+    }
+
+
+def load_model(folder: Path, device: str | torch.device) -> Loaded:
+    """Load a model from the directory of a published artifact or a checkpoint."""
+    manifest = folder / "manifest.json"
+    body = json.loads(manifest.read_text(encoding="utf-8"))["body"] if manifest.exists() else {}
+    if (folder / "model").is_dir():
+        folder = folder / "model"
+    recipe = Recipe.model_validate_json((folder / "recipe.json").read_text(encoding="utf-8"))
+    tokenisers = build_tokenisers(recipe, read_tokenisers(folder))
+    model = MultiTower(recipe, vocab_sizes(recipe, tokenisers))
+    model.load_state_dict(load_file(folder / "model.safetensors"))
+    model.to(device).eval().requires_grad_(requires_grad=False)
+    bank_file = folder / "bank.safetensors"
+    flat = load_file(bank_file, device=str(device)) if bank_file.exists() else {}
+    return Loaded(
+        model=model,
+        recipe=recipe,
+        body=body,
+        tokenisers=tokenisers,
+        banks=_unflatten(flat),
+        num_bytes=sum(tensor.nbytes for tensor in (*model.state_dict().values(), *flat.values())),
+    )
+
+
+def _flatten(banks: Mapping[str, Bank]) -> dict[str, Tensor]:
+    flat: dict[str, Tensor] = {}
+    for pair, bank in banks.items():
+        for modality, vectors in bank.vectors.items():
+            flat[f"{pair}/{modality}/vectors"] = vectors.detach().cpu().contiguous()
+        for modality, items in bank.items.items():
+            values = items.values.cpu()
+            flat[f"{pair}/{modality}/values"] = (values if values.ndim == 2 else values.int()).contiguous()
+            flat[f"{pair}/{modality}/lengths"] = items.lengths.int()
+            if items.owners is not None:
+                flat[f"{pair}/{modality}/owners"] = items.owners.int()
+    return flat
+
+
+def _unflatten(flat: Mapping[str, Tensor]) -> dict[str, Bank]:
+    banks: dict[str, Bank] = {}
+    for name, vectors in flat.items():
+        pair, modality, what = name.split("/")
+        if what != "vectors":
+            continue
+        bank = banks.setdefault(pair, Bank(vectors={}))
+        bank.vectors[modality] = vectors
+        if (values := flat.get(f"{pair}/{modality}/values")) is not None:
+            owners = flat.get(f"{pair}/{modality}/owners")
+            bank.items[modality] = Ragged(
+                values=values if values.ndim == 2 else values.long(),
+                lengths=flat[f"{pair}/{modality}/lengths"].cpu().long(),
+                owners=None if owners is None else owners.cpu().long(),
+            )
+    return banks
