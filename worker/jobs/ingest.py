@@ -11,9 +11,7 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +23,7 @@ from service.contract.errors import Permanent, RequestError
 from service.contract.jobs import Holdout, IngestArgs, IngestResult, Reject
 from service.contract.samples import SHARD_BYTES, SampleWriter
 from service.contract.tokens.decode import DEFAULT_LIMITS
+from worker.cpus import num_cpus
 from worker.sources.columns import SPLIT
 from worker.sources.reading import read_source
 from worker.sources.sample import Raw, Value, Wanted
@@ -70,7 +69,7 @@ def run(args: IngestArgs, ctx: Context) -> IngestResult:
 
     folder = ctx.scratch / f"dataset-{ctx.epoch}"
     shutil.rmtree(folder, ignore_errors=True)
-    with SampleWriter(folder) as writer, ThreadPoolExecutor(_threads(), "decode") as pool:
+    with SampleWriter(folder) as writer, ThreadPoolExecutor(min(MAX_THREADS, num_cpus()), "decode") as pool:
         intake = Intake(writer, media, args.holdout)
         for raw, verdict in _validated(samples, media, pool):
             intake.take(raw, verdict)
@@ -285,8 +284,3 @@ def _shown(text: str, limit: int) -> str:
     plain = text.encode("utf-8", "backslashreplace").decode()
     plain = "".join(character if character.isprintable() else f"\\x{ord(character):02x}" for character in plain)
     return plain if len(plain) <= limit else plain[: limit - 3] + "..."
-
-
-def _threads() -> int:
-    num_cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-    return min(MAX_THREADS, num_cores)

@@ -1,15 +1,13 @@
-"""Where a source lies: a tree of named files, local or remote, whose streams tell bad luck from bad data."""
+"""Where a source lies: a tree of named files, local, uploaded, or in an object store."""
 
 from __future__ import annotations
 
-import io
 import os
 import re
 import stat
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager
-from functools import cache, cached_property
+from collections.abc import Callable, Iterator
+from functools import cached_property
 from glob import has_magic
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, BinaryIO, Final, Protocol, cast, final
@@ -17,8 +15,9 @@ from typing import TYPE_CHECKING, BinaryIO, Final, Protocol, cast, final
 from fsspec.core import url_to_fs
 from typing_extensions import override
 
-from service.contract.errors import Invalid, NotFound, Permanent, Transient
+from service.contract.errors import Invalid, Permanent
 from worker.sources.sample import MAX_VALUE_BYTES
+from worker.sources.streams import steady, translated
 
 if TYPE_CHECKING:
     from service.contract.artifacts import Store
@@ -27,8 +26,6 @@ UPLOAD: Final = "store:"
 SCHEMES: Final = frozenset({"s3", "gs", "az", "memory"})
 MAX_BRACES: Final = 100_000
 MAX_FILES: Final = 5_000_000
-BUFFER_BYTES: Final = 1 << 20
-MAX_READS_AT_END: Final = 1000
 UNSAFE: Final = re.compile(r"[\x00-\x1f\\]")
 
 
@@ -96,7 +93,7 @@ class SingleFile(Tree):
 
     @override
     def open(self, name: str) -> BinaryIO:
-        with _translated(name):
+        with translated(name):
             return steady(self._opener(), name)
 
 
@@ -121,12 +118,12 @@ class LocalTree(Tree):
 
     @override
     def has(self, name: str) -> bool:
-        with _translated(name):
+        with translated(name):
             return (self.root / name).is_file()
 
     @override
     def open(self, name: str) -> BinaryIO:
-        with _translated(name):
+        with translated(name):
             path = (self.root / name).resolve()
             if not path.is_relative_to(self.root):
                 raise Invalid(f"{name} is a link that leads out of the folder")
@@ -170,7 +167,7 @@ class RemoteTree(Tree):
         if self.only is not None:
             yield from self.only
             return
-        with _translated(self.title):
+        with translated(self.title):
             for path in self.fs.find(self.root):
                 name = path[len(self.root) :].lstrip("/")
                 if name and all(map(visible, name.split("/"))):
@@ -180,63 +177,13 @@ class RemoteTree(Tree):
     def has(self, name: str) -> bool:
         if self.only is None:
             return name in self.names
-        with _translated(name):
+        with translated(name):
             return self.fs.isfile(f"{self.root}/{name}")
 
     @override
     def open(self, name: str) -> BinaryIO:
-        with _translated(name):
+        with translated(name):
             return steady(self.fs.open(f"{self.root}/{name}", "rb"), name)
-
-
-@final
-class _Steady(io.RawIOBase):
-    """A stream whose faults are Transient or Permanent, and that does not let a parser spin at its end."""
-
-    def __init__(self, inner: BinaryIO | io.FileIO, name: str) -> None:
-        self._inner = inner
-        self._name = name
-        self._reads_at_end = 0
-
-    @override
-    def readable(self) -> bool:
-        return True
-
-    @override
-    def seekable(self) -> bool:
-        return self._inner.seekable()
-
-    @override
-    def readinto(self, buffer: bytearray | memoryview, /) -> int:  # pyright: ignore[reportIncompatibleMethodOverride]
-        with _translated(self._name):
-            block = self._inner.read(len(buffer)) or b""
-        buffer[: len(block)] = block
-        # Python's tar reader loops for ever on some damaged headers once the data are used up.
-        self._reads_at_end = 0 if block else self._reads_at_end + 1
-        if self._reads_at_end > MAX_READS_AT_END:
-            raise Permanent(f"{self._name} is damaged: it ends too early")
-        return len(block)
-
-    @override
-    def seek(self, offset: int, whence: int = 0, /) -> int:
-        with _translated(self._name):
-            return self._inner.seek(offset, whence)
-
-    @override
-    def tell(self) -> int:
-        with _translated(self._name):
-            return self._inner.tell()
-
-    @override
-    def close(self) -> None:
-        if not self.closed:
-            self._inner.close()
-        super().close()
-
-
-def steady(inner: BinaryIO | io.FileIO, name: str) -> BinaryIO:
-    """Buffer a stream; its faults become Transient or Permanent."""
-    return cast("BinaryIO", io.BufferedReader(_Steady(inner, name), BUFFER_BYTES))
 
 
 def locate(uri: str, store: Store) -> Tree:
@@ -260,7 +207,7 @@ def locate(uri: str, store: Store) -> Tree:
 
 def _locate_local(text: str) -> Tree:
     path = Path(text).absolute()
-    with _translated(text):
+    with translated(text):
         if path.is_dir():
             return LocalTree(path)
         if path.exists():
@@ -275,7 +222,7 @@ def _locate_local(text: str) -> Tree:
 
 
 def _locate_remote(uri: str) -> Tree:
-    with _translated(uri):
+    with translated(uri):
         try:
             fs, path = cast("tuple[RemoteFiles, str]", url_to_fs(uri, use_listings_cache=False))
         except ImportError as error:
@@ -323,35 +270,3 @@ def safe_name(text: str) -> str | None:
     except UnicodeEncodeError:
         return None
     return "/".join(parts)
-
-
-@contextmanager
-def _translated(name: str) -> Generator[None]:
-    """Tell what will not come back from what may."""
-    try:
-        yield
-    except (FileNotFoundError, NotADirectoryError, NotFound) as error:
-        raise Permanent(f"{name} is not there") from error
-    except (PermissionError, IsADirectoryError) as error:
-        raise Permanent(f"{name} may not be read: {error.strerror or 'forbidden'}") from error
-    except _network_faults() as error:
-        raise Transient(f"{name} could not be read: {type(error).__name__}") from error
-
-
-@cache
-def _network_faults() -> tuple[type[Exception], ...]:
-    """List what the clients of object stores raise: OSError, and what is loaded of their own."""
-    faults: list[type[Exception]] = [OSError]
-    try:
-        from botocore.exceptions import BotoCoreError  # noqa: PLC0415 - only the s3 extra has it
-
-        faults.append(cast("type[Exception]", BotoCoreError))
-    except ImportError:
-        pass
-    try:
-        from aiohttp import ClientError  # noqa: PLC0415
-
-        faults.append(ClientError)
-    except ImportError:
-        pass
-    return tuple(faults)

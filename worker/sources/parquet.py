@@ -57,6 +57,8 @@ def _read(file: pq.ParquetFile, tree: Tree, name: str, wanted: Wanted, prefix: s
     schema = file.schema_arrow
     if len(schema.names) > MAX_COLUMNS:
         raise Permanent(f"{name} has {len(schema.names)} columns and the limit is {MAX_COLUMNS}")
+    if len(set(schema.names)) < len(schema.names):
+        raise Permanent(f"{name} has two columns of one name")
     columns = _drop_others(plan(schema.names, wanted, name), schema)
     base, classes = name[: name.rfind("/") + 1], _class_names(schema, columns)
     number = 0

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import io
 import os
 from pathlib import Path
 
@@ -8,8 +7,8 @@ import fsspec
 import pytest
 
 from service.contract.artifacts import Store
-from service.contract.errors import Invalid, Permanent, Transient
-from worker.sources.location import locate, safe_name, steady
+from service.contract.errors import Invalid, Permanent
+from worker.sources.location import locate, safe_name
 
 
 @pytest.mark.parametrize(
@@ -100,26 +99,3 @@ def test_hidden_files_pipes_and_links_out_of_a_folder_are_not_read(store: Store,
     for name in ("link", "pipe"):
         with pytest.raises(Invalid, match=name):
             tree.open(name)
-
-
-class FlakyDisk(io.RawIOBase):
-    def __init__(self, error: Exception) -> None:
-        self.error = error
-
-    def read(self, size: int = -1) -> bytes:
-        raise self.error
-
-
-@pytest.mark.parametrize(
-    ("error", "meaning"),
-    [
-        (ConnectionResetError(), Transient),
-        (TimeoutError(), Transient),
-        (OSError(5, "Input/output error"), Transient),
-        (FileNotFoundError(), Permanent),
-        (PermissionError(13, "forbidden"), Permanent),
-    ],
-)
-def test_trouble_on_the_way_is_told_from_what_will_not_come_back(error: Exception, meaning: type[Exception]):
-    with pytest.raises(meaning, match=r"shard\.tar"):
-        steady(FlakyDisk(error), "shard.tar").read()  # pyright: ignore[reportArgumentType]
