@@ -9,7 +9,7 @@ from typing import Final
 from service.demo.client import DemoError
 from service.demo.specimens import Collection, Medium, read_tar, thin
 
-MAX_TRAIN: Final = 4000
+MAX_TRAIN: Final = 10_000
 MAX_HOLDOUT: Final = 500
 
 
@@ -34,4 +34,5 @@ def _read(folder: Path, medium: Medium) -> Collection:
         raise DemoError(msg) from error
     except (tarfile.TarError, UnicodeDecodeError, ValueError) as error:
         raise DemoError(str(error)) from error
-    return Collection(medium, f"{medium}s of {folder}", thin(train, MAX_TRAIN), thin(test, MAX_HOLDOUT))
+    kind = "images" if medium == "image" else "sounds"
+    return Collection(medium, f"{kind} of {folder}", thin(train, MAX_TRAIN), thin(test, MAX_HOLDOUT))

@@ -46,4 +46,5 @@ class _Lines:
         now = time.monotonic()
         if now >= self._next or (total and done >= total):
             self._next = now + QUIET_S
-            print(f"  {self._title} {done:,.0f}/{total:,.0f} {note}".rstrip(), flush=True)
+            of = f"/{total:,.0f}" if total else ""
+            print(f"  {self._title} {done:,.0f}{of} {note}".rstrip(), flush=True)

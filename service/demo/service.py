@@ -18,6 +18,7 @@ from service.serve import die_with
 
 START_S: Final = 60.0
 STOP_S: Final = 40.0
+LOG: Final = "service.log"
 _KEPT: Final = frozenset({"ISTHMUS_DEVICE"})
 
 
@@ -28,7 +29,7 @@ def own_service(folder: Path) -> Generator[str]:
     Raises DemoError with the service's last lines if it does not come up.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    log = folder / "service.log"
+    log = folder / LOG
     # Settings of another service (its database, its keys) must not reach this one.
     environment = {
         name: value for name, value in os.environ.items() if name in _KEPT or not name.startswith("ISTHMUS_")

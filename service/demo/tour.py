@@ -27,11 +27,12 @@ from service.demo.figures import Figure, figures
 from service.demo.folder import read_folder
 from service.demo.page import Answers, one_each, write_page
 from service.demo.progress import Advance, progress
-from service.demo.recipes import STEPS, recipe
-from service.demo.service import own_service
+from service.demo.recipes import STEPS, STEPS_OF_OTHERS, recipe
+from service.demo.service import LOG, own_service
 from service.demo.specimens import Collection, Specimen, write_tar
 
 MODEL: Final = "demo"
+KEPT: Final = Path("isthmus-demo")
 PROMPTS: Final = 24  # captions of a label that classify with it
 NEIGHBOURS: Final = 10
 
@@ -60,7 +61,7 @@ def run(*, tars: Path | None, out: Path, keep: bool, seed: int) -> int:
         print(f"isthmus: {error}", file=sys.stderr)
         return 1
     if keep:
-        print("the service's data are kept in isthmus-demo: isthmus serve --data isthmus-demo")
+        print(f"the model and its data are kept: isthmus serve --data {KEPT}")
     largest = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / (1024 if sys.platform == "linux" else 1 << 20)
     print(f"largest process: {largest:,.0f} MiB")
     return 0
@@ -84,8 +85,8 @@ def tour(folder: Path, *, tars: Path | None, out: Path, seed: int) -> Outcome:
     clock.lap("data")
 
     _step(2, "service")
-    with own_service(folder / "service") as url, Client(url) as client:
-        print(f"  {url} (log: {folder / 'service' / 'service.log'})")
+    with own_service(folder) as url, Client(url) as client:
+        print(f"  {url} (log: {folder / LOG})")
         clock.lap("start")
 
         _step(3, "upload and ingest")
@@ -93,7 +94,8 @@ def tour(folder: Path, *, tars: Path | None, out: Path, seed: int) -> Outcome:
         clock.lap("ingest")
 
         _step(4, "training")
-        wanted = recipe(images, sounds, datasets=datasets, steps=STEPS, seed=seed)
+        steps = STEPS_OF_OTHERS if tars else STEPS
+        wanted = recipe(images, sounds, datasets=datasets, steps=steps, seed=seed)
         job = client.post("/v1/jobs", {"kind": "train", "name": MODEL, "recipe": wanted})
         with progress("learning") as advance:
             _follow(client, job["id"], advance)
@@ -210,8 +212,8 @@ def _show(outcome: Outcome) -> None:
     print("\n6. on what it never saw")
     print(f"  {'':28}{'reached':>9}{'bar':>7}{'chance':>9}")
     for figure in outcome.figures:
-        mark = "" if figure.value >= figure.bar else "   below its bar"
-        print(f"  {figure.name:28}{figure.value:9.3f}{figure.bar:7.2f}{figure.chance:9.2f}{mark}   {figure.meaning}")
+        short = "" if figure.value >= figure.bar else " (below its bar)"
+        print(f"  {figure.name:28}{figure.value:9.3f}{figure.bar:7.2f}{figure.chance:9.2f}   {figure.meaning}{short}")
     parts = ", ".join(f"{name} {seconds:.0f}" for name, seconds in outcome.seconds.items())
     print(f"\n  seconds: {parts}; in all {sum(outcome.seconds.values()):.0f}")
     print(f"  look and listen: {outcome.page.resolve().as_uri()}\n", flush=True)
@@ -220,7 +222,7 @@ def _show(outcome: Outcome) -> None:
 @contextlib.contextmanager
 def _folder(*, keep: bool) -> Generator[Path]:
     if keep:
-        yield Path("isthmus-demo")
+        yield KEPT
         return
     with tempfile.TemporaryDirectory(prefix="isthmus-demo-") as folder:
         yield Path(folder)
