@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any, Final, cast
+from typing import TYPE_CHECKING, Any, BinaryIO, Final, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 BATCH_ROWS: Final = 32
 MAX_COLUMNS: Final = 1000
 MAX_GROUP_BYTES: Final = 4 << 30
+MAX_THRIFT_BYTES: Final = 64 << 20
 
 
 def read_parquet(tree: Tree, names: list[str], wanted: Wanted) -> Iterator[Raw]:
@@ -30,26 +31,23 @@ def read_parquet(tree: Tree, names: list[str], wanted: Wanted) -> Iterator[Raw]:
     for name in names:
         with tree.open(name) as stream:
             prefix = f"{name.rpartition('/')[2].partition('.')[0]}/" if len(names) > 1 else ""
-            yield from _read(pq_file(stream, name), tree, name, wanted, prefix)
+            yield from _read(_open(stream, name), tree, name, wanted, prefix)
 
 
-def pq_file(stream: object, name: str) -> pq.ParquetFile:
+def _open(stream: BinaryIO, name: str) -> pq.ParquetFile:
     """Open a file, having looked at what its directory claims.
 
     Raises Permanent if it cannot be read.
     """
+    num_bytes = stream.seek(0, 2)
     try:
-        file = pq.ParquetFile(stream, thrift_string_size_limit=64 << 20, thrift_container_size_limit=1 << 20)
-        metadata = file.metadata
-        groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
-        packed = sum(
-            group.column(index).total_compressed_size for group in groups for index in range(group.num_columns)
-        )
-        largest, total = max((g.total_byte_size for g in groups), default=0), sum(g.total_byte_size for g in groups)
+        file = pq.ParquetFile(stream, thrift_string_size_limit=MAX_THRIFT_BYTES, thrift_container_size_limit=1 << 20)
+        # No look at single columns: a damaged one makes pyarrow end the process.
+        groups = [file.metadata.row_group(index).total_byte_size for index in range(file.metadata.num_row_groups)]
     except (pa.ArrowException, OSError, ValueError) as error:
         raise Permanent(f"{name} is not a Parquet file that can be read: {_short(error)}") from error
-    if largest > MAX_GROUP_BYTES or total > RATIO_ALLOWANCE_BYTES + MAX_RATIO * packed:
-        raise Permanent(f"{name} unpacks to {total} bytes from {packed}: write it with smaller row groups")
+    if max(groups, default=0) > MAX_GROUP_BYTES or sum(groups) > RATIO_ALLOWANCE_BYTES + MAX_RATIO * num_bytes:
+        raise Permanent(f"{name} unpacks to {sum(groups)} bytes from {num_bytes}: write it with smaller row groups")
     return file
 
 

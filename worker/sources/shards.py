@@ -25,7 +25,8 @@ MAX_EXTENSION_BYTES: Final = 1 << 20
 EXTENSION_HEADERS: Final = frozenset(
     {tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK}
 )
-DAMAGE: Final = (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, ValueError, RecursionError, OverflowError)
+# TypeError: what Python's reader says of a gzip header that is cut off.
+DAMAGE: Final = (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, ValueError, TypeError, RecursionError)
 
 Member = tuple[str, str, bytes | None, str | None]
 """Key, extension, content, and what is wrong with it."""

@@ -82,3 +82,10 @@ def test_noise_never_escapes_the_error_tree(tmp_path: Path, read):
         (tmp_path / "noisy.parquet").write_bytes(noisy)
         with suppress(Permanent):
             read(tmp_path / "noisy.parquet")
+
+
+def test_two_columns_of_one_name_are_refused(tmp_path: Path, read):
+    table = pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["text", "text"])
+    pq.write_table(table, tmp_path / "x.parquet")
+    with pytest.raises(Permanent, match="two columns of one name"):
+        read(tmp_path / "x.parquet")

@@ -190,3 +190,9 @@ def test_noise_behind_a_tar_header_never_escapes_the_error_tree(tmp_path: Path, 
         (tmp_path / "noisy.tar").write_bytes(noisy)
         with suppress(Permanent):
             read(tmp_path / "noisy.tar")
+
+
+def test_a_gzip_header_that_is_cut_off_is_damage(tmp_path: Path, read):
+    (tmp_path / "x.tgz").write_bytes(b"\x1f\x8b\x08\x04" + bytes(6))
+    with pytest.raises(Permanent, match=r"x\.tgz is damaged"):
+        read(tmp_path / "x.tgz")
