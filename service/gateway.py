@@ -7,6 +7,7 @@ anything back. A worker that dies costs one retry. Nothing here touches the data
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from dataclasses import dataclass
 from itertools import count
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     import sqlalchemy as sa
 
     from service.contract.settings import Settings
+
+log = logging.getLogger(__name__)
 
 OFF_LOOP_BYTES: Final = 1 << 20  # from here on, copying takes long enough to be done in a thread
 GRACE_S: Final = 15.0  # how long requests wait for a worker that is being restarted
@@ -185,7 +188,9 @@ class Gateway:
         call = Call(worker, parts, now)
         worker.enter()
         self.num_calls += 1
-        self._calls[call] = asyncio.create_task(self._attend(call))
+        task = asyncio.create_task(self._attend(call))
+        task.add_done_callback(lambda done: _fail_on_bug(call, done))
+        self._calls[call] = task
 
     async def _attend(self, call: Call) -> None:
         try:
@@ -259,6 +264,14 @@ class Gateway:
             request.lost_at = time.monotonic()
             request.is_alone = True
             self._line.put_back(request, part)
+
+
+def _fail_on_bug(call: Call, task: asyncio.Task[None]) -> None:
+    """End the requests of a call that met an error nobody foresaw: they must not wait for their deadline."""
+    if not task.cancelled() and (error := task.exception()) is not None:
+        log.error("a call to an inference process failed", exc_info=error)
+        for request, _ in call.parts:
+            request.fail(IsthmusError("the gateway failed", code="gateway_failed"))
 
 
 def _timings(request: Request) -> Timings:

@@ -202,7 +202,10 @@ class Workers:
             self._retire(gone)
         for worker_id, endpoint in endpoints.items():
             if worker_id not in self._known:
-                self._known[worker_id] = Worker(worker_id, endpoint, self._connect(endpoint))
+                try:
+                    self._known[worker_id] = Worker(worker_id, endpoint, self._connect(endpoint))
+                except httpx.InvalidURL:
+                    log.warning("worker %s has an endpoint that is no URL: %s", worker_id, endpoint)
 
     def _retire(self, gone: Worker) -> None:
         async def close() -> None:
