@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 import signal
@@ -43,23 +42,22 @@ def test_the_mean_of_three_seeds_clears_every_bar(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("moment", ["1. data", "2. service", "learning"])
 def test_an_interrupted_demo_leaves_nothing_running(moment: str, tmp_path: Path) -> None:
-    demo = subprocess.Popen(
+    with subprocess.Popen(
         command("--out", str(tmp_path)),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
         env=os.environ | {"PYTHONUNBUFFERED": "1"},
-    )
-    assert demo.stdout is not None
-    for line in demo.stdout:
-        if moment in line:
-            break
-    family = psutil.Process(demo.pid).children(recursive=True)
-    os.killpg(demo.pid, signal.SIGINT)  # as a terminal does it
-    rest = demo.stdout.read()
-    assert demo.wait(60) == 130, rest
+    ) as demo:
+        assert demo.stdout is not None
+        for line in demo.stdout:
+            if moment in line:
+                break
+        family = psutil.Process(demo.pid).children(recursive=True)
+        os.killpg(demo.pid, signal.SIGINT)  # as a terminal does it
+        rest = demo.stdout.read()
+        assert demo.wait(60) == 130, rest
     assert "Traceback" not in rest
-    with contextlib.suppress(psutil.NoSuchProcess):
-        assert not psutil.wait_procs(family, timeout=5)[1]
+    assert not psutil.wait_procs(family, timeout=5)[1]
     assert not list(tmp_path.iterdir())
