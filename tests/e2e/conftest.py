@@ -60,13 +60,11 @@ class Running:
     def wait(self, job: str, *, status: str = "succeeded", timeout_s: float = 120) -> dict[str, Any]:
         """Wait until a job has the status, and fail at once if it ends in another."""
         deadline = time.monotonic() + timeout_s
-        while time.monotonic() < deadline:
-            found = self.get(f"/v1/jobs/{job}")
-            if found["status"] == status:
-                return found
+        while (found := self.get(f"/v1/jobs/{job}"))["status"] != status:
             assert found["status"] not in {"succeeded", "failed", "cancelled"}, found
+            assert time.monotonic() < deadline, found
             time.sleep(0.1)
-        pytest.fail(f"job {job} is {found['status']} after {timeout_s} s: {found}")
+        return found
 
     def follow(self, job: str, **headers: str) -> str:
         """Read a job's event stream to its end."""

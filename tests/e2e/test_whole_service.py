@@ -143,7 +143,7 @@ def test_a_training_job_survives_the_death_of_its_worker_and_its_model_is_served
             for child in psutil.Process(running.process.pid).children(recursive=True):
                 if module in child.cmdline() and child.cpu_times().user > 0:
                     child.send_signal(signal.SIGKILL)
-            _until(lambda: running.get(f"/v1/jobs/{job}")["status"] == "running" and _step(running, job) > before)
+            _until_beyond(running, job, before)
             before = _step(running, job)
         assert running.get(f"/v1/jobs/{job}")["attempt"] >= 2
 
@@ -154,7 +154,7 @@ def test_a_training_job_survives_the_death_of_its_worker_and_its_model_is_served
         assert finished.json()["error"]["code"] == "job_already_finished"
         step = _step(running, job)
         running.post(f"/v1/jobs/{job}/retry", {})
-        _until(lambda: running.get(f"/v1/jobs/{job}")["status"] == "running" and _step(running, job) > step)
+        _until_beyond(running, job, step)
         events = running.get(f"/v1/jobs/{job}/events?limit=100")["data"]
         assert any(event["type"] == "resumed" for event in events)
         running.post(f"/v1/jobs/{job}/cancel", {})
@@ -180,6 +180,10 @@ def test_a_killed_parent_takes_everything_with_it(serve: Any, tmp_path: Any) -> 
 
 def _step(running: Any, job: str) -> int:
     return (running.get(f"/v1/jobs/{job}")["progress"] or {}).get("done") or 0
+
+
+def _until_beyond(running: Any, job: str, step: int) -> None:
+    _until(lambda: running.get(f"/v1/jobs/{job}")["status"] == "running" and _step(running, job) > step)
 
 
 def _until(condition: Any, timeout_s: float = 60) -> None:
