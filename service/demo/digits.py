@@ -48,7 +48,7 @@ def collect(seed: int) -> Collection:
             payload=_png(scan),
             caption=caption(CAPTIONS, digit, rng),
             label=WORDS[digit],
-            origin="UCI optical recognition of handwritten digits",
+            origin=f"scan {at}",
         )
         (holdout if seen[digit] % _EVERY == _EVERY - 1 else train).append(specimen)
         seen[digit] += 1
