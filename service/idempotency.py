@@ -112,7 +112,8 @@ def _insert(conn: sa.Connection, tenant: str, key: str, *, request_sha256: str) 
     # On PostgreSQL the insert waits for a twin's transaction, so afterwards its outcome is visible.
     insert = postgresql.insert if conn.dialect.name == "postgresql" else sqlite.insert
     values = {"tenant_id": tenant, "key": key, "request_sha256": request_sha256}
-    return conn.execute(insert(idempotency).values(**values).on_conflict_do_nothing()).rowcount == 1
+    statement = insert(idempotency).values(**values).on_conflict_do_nothing().returning(idempotency.c.key)
+    return conn.execute(statement).first() is not None
 
 
 def respond(answer: Answer, headers: dict[str, str] | None = None) -> Response:

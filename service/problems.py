@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Sequence
 from http import HTTPStatus
 from typing import Any, Final, TypeVar, cast
@@ -35,6 +36,8 @@ T = TypeVar("T")
 MAX_MESSAGE: Final = 1000
 MAX_PARAM: Final = 200
 MAX_PART: Final = 64
+MAX_ERRORS: Final = 20
+PARTS: Final = re.compile(r"[.\[]")
 
 STATUSES: Final[dict[type[IsthmusError], tuple[int, str]]] = {
     Malformed: (400, "invalid_request_error"),
@@ -161,14 +164,13 @@ def validate(adapter: TypeAdapter[T], document: Any) -> T:
 
 def explain(errors: Sequence[Any], body: Any) -> IsthmusError:
     """Turn validation errors into one error that names the first place and what was expected there."""
-    first = errors[0]
-    kind, loc = str(first["type"]), tuple(first["loc"])
-    if kind == "json_invalid":
-        return Malformed(f"the body is not JSON that we read: {first.get('ctx', {}).get('error', 'syntax error')}")
-    param = place(loc, body, key_expected=kind in {"missing", "extra_forbidden"})
+    # Of a union every member complains; the one whose complaint lies deepest is the one that was meant.
+    places = [_place_of(error, body) for error in errors[:MAX_ERRORS]]
+    at = max(range(len(places)), key=lambda index: len(PARTS.findall(places[index] or "")))
+    first, param, kind = errors[at], places[at], str(errors[at]["type"])
     if kind == "finite_number" and not isinstance(first.get("input"), str):
         return Malformed("NaN and infinity are no JSON numbers", param=param)
-    others = len({place(tuple(other["loc"]), body, key_expected=False) for other in errors[1:20]} - {param})
+    others = len({each for each in places if each is not None and not (param or "").startswith(each)})
     more = f" (and {others} more)" if others else ""
     return Invalid(f"{_expected(first)}{more}", param=param)
 
@@ -188,6 +190,10 @@ def _expected(error: Any) -> str:
             return str(error["msg"]).removeprefix("Value error, ")
         case _:
             return str(error["msg"])
+
+
+def _place_of(error: Any, body: Any) -> str | None:
+    return place(tuple(error["loc"]), body, key_expected=error["type"] in {"missing", "extra_forbidden"})
 
 
 def place(loc: tuple[str | int, ...], body: Any, *, key_expected: bool) -> str | None:

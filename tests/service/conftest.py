@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+import shutil
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import httpx
 import pytest
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from service.contract.wire import ModelRef
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def anyio_backend() -> str:
     return "asyncio"
 
@@ -62,22 +63,29 @@ class Api:
 Start = Callable[..., AbstractAsyncContextManager[Api]]
 
 
+@asynccontextmanager
+async def _run(folder: Path, database_url: str, **changes: Any) -> AsyncGenerator[Api]:
+    settings = Settings(data=folder, database_url=database_url, store_url=str(folder / "store"), **changes)
+    app = create_app(settings)
+    transport = httpx.ASGITransport(app)
+    async with (
+        app.router.lifespan_context(app),
+        httpx.AsyncClient(transport=transport, base_url="http://localhost") as client,
+    ):
+        yield Api(client, service_of(app))
+
+
 @pytest.fixture
 def start(tmp_path: Path) -> Start:
     """Start the application: `async with start(database_url, **settings) as api`."""
 
-    @asynccontextmanager
-    async def run(database_url: str, **changes: Any) -> AsyncIterator[Api]:
-        settings = Settings(data=tmp_path, database_url=database_url, store_url=str(tmp_path / "store"), **changes)
-        app = create_app(settings)
-        transport = httpx.ASGITransport(app)
-        async with (
-            app.router.lifespan_context(app),
-            httpx.AsyncClient(transport=transport, base_url="http://localhost") as client,
-        ):
-            yield Api(client, service_of(app))
+    def run(database_url: str, **changes: Any) -> AbstractAsyncContextManager[Api]:
+        return _run(tmp_path, database_url, **changes)
 
     return run
+
+
+SMALL: Final = {"max_body_bytes": 200_000, "max_upload_bytes": 3_000_000, "max_items": 100, "max_tokens": 1000}
 
 
 @pytest.fixture
@@ -90,8 +98,15 @@ async def api(start: Start, database_url: str) -> AsyncIterator[Api]:
 @pytest.fixture
 async def small(start: Start, sqlite_template: Path, tmp_path: Path) -> AsyncIterator[Api]:
     """The application on SQLite, with small limits."""
-    path = tmp_path / "small.db"
-    path.write_bytes(sqlite_template.read_bytes())
-    limits = {"max_body_bytes": 200_000, "max_upload_bytes": 3_000_000, "max_items": 100, "max_tokens": 1000}
-    async with start(f"sqlite:///{path}", **limits) as running:
+    path = shutil.copy(sqlite_template, tmp_path / "small.db")
+    async with start(f"sqlite:///{path}", **SMALL) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+async def shared(sqlite_template: Path, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Api]:
+    """One application with small limits for all tests of a module that leave nothing behind."""
+    folder = tmp_path_factory.mktemp("shared")
+    path = shutil.copy(sqlite_template, folder / "shared.db")
+    async with _run(folder, f"sqlite:///{path}", **SMALL) as running:
         yield running

@@ -22,7 +22,7 @@ EMBED = "/v1/embeddings"
 JOBS = "/v1/jobs"
 JSON = {"content-type": "application/json"}
 OPENAPI = Path(__file__).resolve().parents[2] / "docs" / "openapi.json"
-TRAIN = {
+TRAIN: dict[str, Any] = {
     "kind": "train",
     "recipe": {
         "towers": {
@@ -103,8 +103,10 @@ BODIES: list[tuple[str, str, bytes, int]] = [
 
 
 @pytest.mark.parametrize(("path", "body", "status"), [row[1:] for row in BODIES], ids=[row[0] for row in BODIES])
-async def test_a_hostile_body_gets_its_status_and_the_envelope(small: Any, path: str, body: bytes, status: int) -> None:
-    response = await small.post(path, content=body, headers=JSON)
+async def test_a_hostile_body_gets_its_status_and_the_envelope(
+    shared: Any, path: str, body: bytes, status: int
+) -> None:
+    response = await shared.post(path, content=body, headers=JSON)
     assert response.status_code == status, response.text
     check_envelope(response)
     assert "x" * 1000 not in response.text
@@ -139,7 +141,13 @@ HEADERS: list[tuple[str, str, str, dict[str, Any], int]] = [
     ("44 an order that is none", "GET", "/v1/jobs?order=random()", {}, 422),
     ("44 a status that is none", "GET", "/v1/jobs?status=everything", {}, 422),
     ("45 a name with NUL", "GET", "/v1/jobs?name=%00", {}, 422),
-    ("65 no boundary", "POST", "/v1/datasets", {"content": b"x", "headers": {"content-type": "multipart/form-data"}}, 400),
+    (
+        "65 no boundary",
+        "POST",
+        "/v1/datasets",
+        {"content": b"x", "headers": {"content-type": "multipart/form-data"}},
+        400,
+    ),
     (
         "65 not multipart",
         "POST",
@@ -153,20 +161,28 @@ HEADERS: list[tuple[str, str, str, dict[str, Any], int]] = [
     ("65 a file above the limit", "POST", "/v1/datasets", {"files": [("file", ("a.tar", b"x" * 4_000_000))]}, 413),
     ("65 a file of another kind", "POST", "/v1/datasets", {"files": [("file", ("a.exe", b"x"))]}, 415),
     ("65 two files", "POST", "/v1/datasets", {"files": [("file", ("a.tar", b"x")), ("file", ("b.tar", b"x"))]}, 422),
-    ("a range header of 10,000 ranges", "GET", "/v1/jobs/x/files/y", {"headers": {"range": "bytes=" + "0-," * 2500}}, 404),
+    (
+        "a range header of 10,000 ranges",
+        "GET",
+        "/v1/jobs/x/files/y",
+        {"headers": {"range": "bytes=" + "0-," * 2500}},
+        404,
+    ),
 ]
 
 
-@pytest.mark.parametrize(("method", "path", "options", "status"), [row[1:] for row in HEADERS], ids=[r[0] for r in HEADERS])
+@pytest.mark.parametrize(
+    ("method", "path", "options", "status"), [row[1:] for row in HEADERS], ids=[r[0] for r in HEADERS]
+)
 async def test_a_hostile_request_gets_its_status_and_the_envelope(
-    small: Any, method: str, path: str, options: dict[str, Any], status: int
+    shared: Any, method: str, path: str, options: dict[str, Any], status: int
 ) -> None:
-    response = await small.client.request(method, path, **options)
+    response = await shared.client.request(method, path, **options)
     assert response.status_code == status, response.text
     check_envelope(response)
 
 
-async def test_24_a_body_without_length_is_cut_at_the_limit(small: Any) -> None:
+async def test_24_a_body_without_length_is_cut_at_the_limit(shared: Any) -> None:
     sent = 0
 
     async def endless() -> AsyncIterator[bytes]:
@@ -175,14 +191,14 @@ async def test_24_a_body_without_length_is_cut_at_the_limit(small: Any) -> None:
             sent += 50_000
             yield b"1" * 50_000
 
-    response = await small.post(EMBED, content=endless(), headers=JSON)
+    response = await shared.post(EMBED, content=endless(), headers=JSON)
     assert response.status_code == 413
     check_envelope(response)
     assert sent < 1_000_000
 
 
-async def test_405_names_the_methods_that_are_allowed(small: Any) -> None:
-    response = await small.client.put(EMBED)
+async def test_405_names_the_methods_that_are_allowed(shared: Any) -> None:
+    response = await shared.client.put(EMBED)
     assert response.headers["allow"] == "POST"
 
 
@@ -206,17 +222,17 @@ async def test_45_characters_of_sql_in_filters_are_literal(api: Any, name: str) 
         ({}, "input"),
     ],
 )
-async def test_an_invalid_item_is_named_by_its_place(small: Any, body: dict[str, Any], param: str) -> None:
-    response = await small.post(EMBED, json={"model": "m", **body})
+async def test_an_invalid_item_is_named_by_its_place(shared: Any, body: dict[str, Any], param: str) -> None:
+    response = await shared.post(EMBED, json={"model": "m", **body})
     assert response.status_code == 422
     assert response.json()["error"]["param"] == param
 
 
-async def test_a_sane_request_id_is_echoed_and_any_other_replaced(small: Any) -> None:
-    echoed = await small.get("/healthz", headers={"x-request-id": "abc-1.2:3"})
+async def test_a_sane_request_id_is_echoed_and_any_other_replaced(shared: Any) -> None:
+    echoed = await shared.get("/healthz", headers={"x-request-id": "abc-1.2:3"})
     assert echoed.headers["x-request-id"] == "abc-1.2:3"
     for bad in ("a b", "x" * 200, "<script>", ""):
-        replaced = await small.get("/healthz", headers={"x-request-id": bad})
+        replaced = await shared.get("/healthz", headers={"x-request-id": bad})
         assert replaced.headers["x-request-id"].startswith("req_")
     assert float(echoed.headers["x-total-time"]) >= 0
 
@@ -226,8 +242,12 @@ async def test_a_bug_answers_500_with_the_request_id_and_nothing_else(
 ) -> None:
     small.service.store = None  # whatever needs it now raises what nobody expected
     with small.service.database.engine.begin() as conn:
-        conn.execute(sa.text("INSERT INTO embedding_set (id, tenant_id, artifact, info, job_id, created_at) "
-                             "VALUES ('emb_a', 'default', 'secret/place', '{}', 'job_a', 1)"))
+        conn.execute(
+            sa.text(
+                "INSERT INTO embedding_set (id, tenant_id, artifact, info, job_id, created_at) "
+                "VALUES ('emb_a', 'default', 'secret/place', '{}', 'job_a', 1)"
+            )
+        )
     response = await small.get("/v1/embedding-sets/emb_a/files", headers={"x-request-id": "r-1"})
     assert response.status_code == 500
     check_envelope(response)
@@ -251,11 +271,13 @@ async def test_without_a_database_everything_that_needs_it_is_503(start: Any, tm
             check_envelope(response)
 
 
-async def test_the_service_stays_open_and_serves_what_it_knows_when_the_database_goes(small: Any, tmp_path: Path) -> None:
+async def test_the_service_stays_open_and_serves_what_it_knows_when_the_database_goes(
+    small: Any, tmp_path: Path
+) -> None:
     assert (await small.get("/v1/limits")).status_code == 200
     small.service.database.engine.dispose()
-    for path in tmp_path.glob("small.db*"):
-        path.unlink()
+    (tmp_path / "small.db").rename(tmp_path / "away.db")
+    (tmp_path / "small.db").mkdir()
     small.service.keys._has_key_at = -1e9
     assert (await small.get("/v1/limits")).status_code == 200
 

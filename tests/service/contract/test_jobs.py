@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+import re
+from typing import get_args
+
+import pytest
+from pydantic import ValidationError
+
+from service.contract.jobs import (
+    KINDS,
+    POLICIES,
+    EmbedArgs,
+    EvaluateArgs,
+    IngestArgs,
+    JobArgs,
+    JobResult,
+    TrainArgs,
+    args_adapter,
+    inputs_of,
+    status_of,
+)
+from service.contract.tables import STATES
+
+FROZEN = ("ingest", "train", "embed", "evaluate")
+"""Append only: rows with these words are worked years from now."""
+
+
+def kinds_of(union: object) -> list[str]:
+    return [cls.model_fields["kind"].default for cls in get_args(get_args(union)[0])]
+
+
+def test_kinds_are_for_ever() -> None:
+    assert KINDS[: len(FROZEN)] == FROZEN
+    assert set(KINDS) == set(FROZEN), "a new kind is added to the end of FROZEN in the same change"
+    assert all(re.match(r"^[a-z_]{1,32}$", kind) for kind in KINDS)
+
+
+def test_every_kind_has_arguments_a_result_and_a_policy() -> None:
+    assert kinds_of(JobArgs) == kinds_of(JobResult) == list(POLICIES) == list(KINDS)
+
+
+def test_every_state_has_a_status_and_a_cancelled_run_is_cancelling() -> None:
+    shown = {state: status_of(state, cancel_requested=False) for state in STATES}  # pyright: ignore[reportArgumentType]
+    assert shown == {state: state for state in STATES} | {"scheduled": "queued"}
+    assert status_of("running", cancel_requested=True) == "cancelling"
+    assert status_of("cancelled", cancel_requested=True) == "cancelled"
+
+
+def test_a_job_reads_what_it_names_once() -> None:
+    pairs = [{"dataset": name, "modalities": ["image", "text"]} for name in ("ds_a", "ds_b", "ds_a")]
+    towers = {"image": {"tokens": {"kind": "image"}}, "text": {"tokens": {"kind": "text"}}}
+    train = TrainArgs.model_validate({"recipe": {"towers": towers, "pairs": pairs}})
+    assert inputs_of(train) == ["ds_a", "ds_b"]
+    assert inputs_of(IngestArgs(dataset="ds_a", source="s")) == []
+    assert inputs_of(EmbedArgs(model="m", dataset="ds_a", modality="image")) == ["m", "ds_a"]
+    assert inputs_of(EvaluateArgs(model="m", datasets=["ds_b", "ds_b"])) == ["m", "ds_b"]
+
+
+def test_arguments_survive_their_json() -> None:
+    args = EmbedArgs(model="job_x@latest", dataset="ds_a", modality="image", split="holdout")
+    assert args_adapter.validate_python(args.model_dump(mode="json")) == args
+
+
+@pytest.mark.parametrize("number", ["1e-3", True, "nan"])
+def test_a_number_is_never_a_string_or_a_truth(number: object) -> None:
+    with pytest.raises(ValidationError):
+        IngestArgs.model_validate({"dataset": "ds_a", "source": "s", "max_bad_fraction": number})
