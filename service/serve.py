@@ -146,14 +146,15 @@ class _Stop:
         self.asked += 1
 
 
-def run(settings: Settings, *, migrate: Callable[[str], None], say: Say) -> int:
+def run(settings: Settings, *, prepare: Callable[[], None], say: Say) -> int:
     """Serve until a signal comes and return the exit code: 0 after a signal, 1 if a child failed.
 
-    Raises StartError if the folder or the port cannot be had.
+    `prepare` runs once the folder is ours and before anything starts. Raises StartError if the folder or the port
+    cannot be had.
     """
     stop = _Stop()
     with locked(settings.data) as place:
-        migrate(settings.resolved_database_url())
+        prepare()
         sock = bind(settings.host, settings.port, exactly="port" in settings.model_fields_set)
         port = int(sock.getsockname()[1])
         if settings.port not in {0, port}:
