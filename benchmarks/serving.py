@@ -31,7 +31,7 @@ from service.contract.tables import metadata, now, open_engine, worker
 from service.contract.tokens import text
 from service.contract.tokens.tokenise import TextRaw
 from service.contract.wire import ModelRef
-from service.gateway import Gateway
+from service.inference.gateway import Gateway
 from worker.learning.model import Loaded, MultiTower, build_tokenisers, load_model, save_model, vocab_sizes
 from worker.learning.ragged import Ragged
 

@@ -22,12 +22,13 @@ from service.contract.tables import open_engine
 from service.contract.tokens.decode import Limits
 from service.database import THREADS, Database
 from service.deps import Service
+from service.edge.middleware import Edge
+from service.edge.problems import EVERYWHERE, on_http_exception, on_isthmus_error, on_validation_error
+from service.edge.telemetry import Telemetry
 from service.followers import Followers
-from service.gateway import Gateway
+from service.inference.gateway import Gateway
+from service.inference.label_cache import LabelCache
 from service.keys import Keys, any_key, check_bind
-from service.label_cache import LabelCache
-from service.middleware import Edge
-from service.problems import EVERYWHERE, on_http_exception, on_isthmus_error, on_validation_error
 from service.routes import (
     classify,
     compose,
@@ -41,7 +42,6 @@ from service.routes import (
     models,
     tokenize,
 )
-from service.telemetry import Telemetry
 
 log = logging.getLogger(__name__)
 

@@ -15,11 +15,11 @@ from service.catalogue import Catalogue
 from service.contract.settings import Settings
 from service.contract.store import Store
 from service.database import Database
+from service.edge.telemetry import Telemetry
 from service.followers import Followers
-from service.gateway import Gateway
+from service.inference.gateway import Gateway
+from service.inference.label_cache import LabelCache
 from service.keys import Caller, Keys, Scope
-from service.label_cache import LabelCache
-from service.telemetry import Telemetry
 
 T = TypeVar("T")
 

@@ -12,7 +12,7 @@ from service.contract.jobs import POLICIES, Reject, Status, status_of
 from service.contract.modality import TokeniserConfig
 from service.contract.tables import alias, job, job_progress, job_result, owned
 from service.contract.word import Word
-from service.paging import Listing
+from service.edge.paging import Listing
 
 
 class Progress(Word):

@@ -46,7 +46,10 @@ def loaded_by(names: list[str]) -> set[str]:
             modules_of("service/contract"),
             ["torch", "pyarrow", "worker", "fastapi", "starlette", "service.app", "service.routes"],
         ),
-        (modules_of("worker"), ["fastapi", "service.app", "service.routes", "service.deps", "service.gateway"]),
+        (
+            modules_of("worker"),
+            ["fastapi", "service.app", "service.routes", "service.deps", "service.inference.gateway"],
+        ),
         (["worker.supervisor"], ["torch", "fastapi", "pyarrow"]),
     ],
     ids=["the application", "service", "the contract", "worker", "the supervisor"],

@@ -12,7 +12,7 @@ from starlette.responses import StreamingResponse
 
 from service.contract.errors import NotFound
 from service.deps import Service
-from service.problems import render
+from service.edge.problems import render
 from service.resources import File, FileList
 
 PIECE_BYTES: Final = 1 << 20

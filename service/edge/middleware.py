@@ -17,8 +17,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from service.contract.errors import IsthmusError
 from service.contract.word import new_id
 from service.deps import Service, service_of
-from service.problems import render, render_error
-from service.telemetry import Telemetry
+from service.edge.problems import render, render_error
+from service.edge.telemetry import Telemetry
 
 log = logging.getLogger(__name__)
 

@@ -19,8 +19,8 @@ from jaxtyping import Float32
 
 from service.contract.errors import IsthmusError, Malformed, TooMany, Unauthenticated, Unavailable
 from service.contract.wire import Arrays, ComposeCall, EmbedCall, ModelRef, unpack, unpack_error
-from service.line import Line, Part, Request, write
-from service.workers import Worker, Workers
+from service.inference.line import Line, Part, Request, write
+from service.inference.workers import Worker, Workers
 
 if TYPE_CHECKING:
     import sqlalchemy as sa

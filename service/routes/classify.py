@@ -18,15 +18,15 @@ import numpy as np
 from fastapi import APIRouter, Response
 from jaxtyping import Float32, Float64
 
-from service.bodies import StrictRoute
 from service.catalogue import Model
 from service.contract.errors import Invalid, NotFound, TooLarge, UnsupportedMedia
 from service.contract.items import AnyItem, TextItem
 from service.contract.operations import ClassifyRequest, ClassifyResponse
 from service.deps import Inferrer, Running, Service
-from service.inputs import Timings, encode, listed, places
-from service.label_cache import LabelCache
-from service.problems import documented
+from service.edge.bodies import StrictRoute
+from service.edge.problems import documented
+from service.inference.inputs import Timings, encode, listed, places
+from service.inference.label_cache import LabelCache
 
 router = APIRouter(tags=["inference"], prefix="/v1", route_class=StrictRoute)
 

@@ -12,7 +12,6 @@ from fastapi import APIRouter, Response
 from jaxtyping import Float32
 
 from service import embedding_sets
-from service.bodies import StrictRoute
 from service.catalogue import Model
 from service.contract.errors import Invalid, NotFound, TooLarge, UnsupportedMedia
 from service.contract.items import AnyItem
@@ -22,10 +21,11 @@ from service.contract.tokens.decode import Limits
 from service.contract.tokens.read import read_item
 from service.contract.wire import Arrays, ComposeAnswer, ComposeCall
 from service.deps import Inferrer, Running, Service
-from service.inputs import Timings, encode, listed, places
+from service.edge.bodies import StrictRoute
+from service.edge.problems import documented
+from service.inference.inputs import Timings, encode, listed, places
+from service.inference.legs import Leg, Way, along, within
 from service.keys import Caller
-from service.legs import Leg, Way, along, within
-from service.problems import documented
 
 router = APIRouter(tags=["inference"], prefix="/v1", route_class=StrictRoute)
 

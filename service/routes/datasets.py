@@ -11,8 +11,6 @@ import sqlalchemy as sa
 from fastapi import APIRouter, Query, Request, Response
 from pydantic import Field, TypeAdapter
 
-from service import idempotency
-from service.bodies import check_headers, parse_json
 from service.contract import queue
 from service.contract.errors import Conflict, Forbidden, Invalid, IsthmusError, NotFound, TooLarge, UnsupportedMedia
 from service.contract.jobs import Holdout, IngestArgs
@@ -21,10 +19,13 @@ from service.contract.tables import dataset, job, job_input, now, owned
 from service.contract.tokens.decode import array
 from service.contract.word import ModalityName, Name, Real, Text, Word, new_id
 from service.deps import IdempotencyKey, Reader, Running, Service, Writer
-from service.idempotency import Answer
+from service.edge import idempotency
+from service.edge.bodies import check_headers, parse_json
+from service.edge.idempotency import Answer
+from service.edge.paging import WantedPage, check_id, select_page
+from service.edge.problems import documented, validate
+from service.edge.uploads import Upload, receive
 from service.keys import Caller
-from service.paging import WantedPage, check_id, select_page
-from service.problems import documented, validate
 from service.resources import (
     Dataset,
     DatasetCreated,
@@ -36,7 +37,6 @@ from service.resources import (
     job_of,
     select_jobs,
 )
-from service.uploads import Upload, receive
 
 router = APIRouter(tags=["datasets"], prefix="/v1/datasets")
 

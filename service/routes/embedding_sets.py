@@ -10,10 +10,10 @@ from fastapi import APIRouter, Header, Response
 from service.contract.errors import NotFound
 from service.contract.tables import embedding_set, now, owned
 from service.deps import Reader, Running, Writer
-from service.downloads import DOWNLOAD, list_files, send_file
+from service.edge.downloads import DOWNLOAD, list_files, send_file
+from service.edge.paging import WantedPage, check_id, select_page
+from service.edge.problems import documented
 from service.embedding_sets import get_row
-from service.paging import WantedPage, check_id, select_page
-from service.problems import documented
 from service.resources import Deleted, EmbeddingSet, EmbeddingSetList, FileList, embedding_set_of
 
 router = APIRouter(tags=["embedding sets"], prefix="/v1/embedding-sets")

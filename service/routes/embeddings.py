@@ -9,13 +9,13 @@ import numpy as np
 from fastapi import APIRouter, Response
 from jaxtyping import Float32
 
-from service.bodies import StrictRoute
 from service.contract.errors import Invalid, NotFound, TooLarge, UnsupportedMedia
 from service.contract.items import EmbeddingItem
 from service.contract.operations import EmbeddingsRequest, EmbeddingsResponse
 from service.deps import Inferrer, Running
-from service.inputs import Timings, encode, listed, places
-from service.problems import documented
+from service.edge.bodies import StrictRoute
+from service.edge.problems import documented
+from service.inference.inputs import Timings, encode, listed, places
 
 router = APIRouter(tags=["inference"], prefix="/v1", route_class=StrictRoute)
 

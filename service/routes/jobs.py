@@ -11,9 +11,7 @@ from fastapi import APIRouter, Body, Header, Query, Request, Response
 from fastapi.responses import StreamingResponse
 from pydantic import AwareDatetime, Field, StrictInt, StringConstraints
 
-from service import idempotency
 from service.aliases import check_alias
-from service.bodies import StrictRoute
 from service.contract import queue
 from service.contract.errors import Conflict, Invalid, Malformed, NotFound
 from service.contract.jobs import EmbedArgs, EvaluateArgs, TrainArgs
@@ -23,11 +21,13 @@ from service.contract.references import resolve_model
 from service.contract.tables import checkpoint, dataset, job, job_event, metric, model, owned
 from service.contract.word import Name, Word
 from service.deps import IdempotencyKey, Reader, Running, Service, Writer
-from service.downloads import DOWNLOAD, list_files, send_file
-from service.idempotency import Answer
+from service.edge import idempotency
+from service.edge.bodies import StrictRoute
+from service.edge.downloads import DOWNLOAD, list_files, send_file
+from service.edge.idempotency import Answer
+from service.edge.paging import WantedPage, check_id, select_page
+from service.edge.problems import documented
 from service.keys import Caller
-from service.paging import WantedPage, check_id, select_page
-from service.problems import documented
 from service.resources import (
     Checkpoint,
     CheckpointList,

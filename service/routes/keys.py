@@ -5,13 +5,13 @@ from __future__ import annotations
 from fastapi import APIRouter
 from sqlalchemy import Connection
 
-from service.bodies import StrictRoute
 from service.contract.errors import NotFound
 from service.contract.tables import api_key, owned
 from service.deps import Admin, Running
+from service.edge.bodies import StrictRoute
+from service.edge.paging import WantedPage, check_id, select_page
+from service.edge.problems import documented
 from service.keys import CreateKey, create_key, revoke_key
-from service.paging import WantedPage, check_id, select_page
-from service.problems import documented
 from service.resources import CreatedKey, Deleted, KeyList, key_of
 
 router = APIRouter(tags=["keys"], prefix="/v1/keys", route_class=StrictRoute)

@@ -9,16 +9,16 @@ from fastapi import APIRouter, Header, Response
 from pydantic import Field, StrictStr
 
 from service.aliases import check_alias
-from service.bodies import StrictRoute
 from service.contract.errors import Conflict, Invalid, NotFound
 from service.contract.references import resolve_model
 from service.contract.tables import alias, job, job_input, model, now, owned
 from service.contract.word import Word
 from service.deps import Reader, Running, Service, Writer
-from service.downloads import DOWNLOAD, list_files, send_file
+from service.edge.bodies import StrictRoute
+from service.edge.downloads import DOWNLOAD, list_files, send_file
+from service.edge.paging import WantedPage, check_id, select_page
+from service.edge.problems import documented
 from service.keys import Caller
-from service.paging import WantedPage, check_id, select_page
-from service.problems import documented
 from service.resources import Deleted, FileList, Model, ModelList, aliases_of, model_of
 
 router = APIRouter(tags=["models"], prefix="/v1/models", route_class=StrictRoute)

@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 from fastapi import APIRouter, Response
 
-from service.bodies import StrictRoute
 from service.contract.errors import Invalid, NotFound, TooLarge, UnsupportedMedia
 from service.contract.items import EmbeddingItem
 from service.contract.operations import TokenizeRequest, TokenizeResponse
 from service.deps import Inferrer, Running
-from service.inputs import Timings, listed, places, tokenise
-from service.problems import documented
+from service.edge.bodies import StrictRoute
+from service.edge.problems import documented
+from service.inference.inputs import Timings, listed, places, tokenise
 
 router = APIRouter(tags=["inference"], prefix="/v1", route_class=StrictRoute)
 

@@ -22,7 +22,7 @@ from service.contract.host import boot_id
 from service.contract.settings import Settings
 from service.contract.tables import now, open_engine, worker
 from service.contract.wire import ComposeCall, ModelRef
-from service.gateway import Gateway
+from service.inference.gateway import Gateway
 
 pytestmark = pytest.mark.anyio
 

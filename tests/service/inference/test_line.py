@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from service.contract.wire import unpack
-from service.line import CALL_COST, Line, Request, write
+from service.inference.line import CALL_COST, Line, Request, write
 
 
 @pytest.fixture

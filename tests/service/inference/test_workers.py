@@ -6,7 +6,7 @@ import pytest
 import sqlalchemy as sa
 
 from service.contract.tables import after, now, worker
-from service.workers import find_endpoints
+from service.inference.workers import find_endpoints
 
 
 def add(engine: sa.Engine, name: str, **values: Any) -> None:
