@@ -12,6 +12,7 @@ A published model has `manifest.json` beside these; a checkpoint holds them in `
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -58,7 +59,7 @@ class MultiTower(nn.Module):
             # Not a ModuleDict: it refuses the names of its own methods, and a modality may be called `type`.
             self.add_module(f"tower_{name}", tower)
         loss = recipe.loss or InfoNCE()
-        start = torch.tensor(min(loss.init_scale, loss.max_scale)).log()
+        start = torch.tensor(math.log(min(loss.init_scale, loss.max_scale)))
         names = sorted({pair_name(*pair.modalities) for pair in recipe.pairs})
         self.log_scales = nn.ParameterDict(
             {name: nn.Parameter(start.clone(), requires_grad=loss.learn_scale) for name in names}
@@ -84,7 +85,7 @@ class MultiTower(nn.Module):
     def clamp_scales(self, largest: float) -> None:
         """Keep every scale at or below the largest allowed."""
         for log_scale in self.log_scales.values():
-            log_scale.clamp_(max=torch.tensor(largest).log().item())
+            log_scale.clamp_(max=math.log(largest))
 
 
 @final
