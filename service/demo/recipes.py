@@ -42,10 +42,10 @@ def recipe(
 
 
 def image_tokens(specimens: tuple[Specimen, ...]) -> dict[str, Any]:
-    """Cut into about four patches a side, of four pixels or more, at the scans' own size where that is small."""
+    """Cut into patches of four pixels, or eight a side, at the images' own size where that is small."""
     with Image.open(io.BytesIO(specimens[0].payload)) as first:
         side, channels = min(64, *first.size), 1 if first.mode in {"1", "L", "I;16"} else 3
-    patch = max(4, round(side / 4))
+    patch = max(4, round(side / 8))
     return {"kind": "image", "size": patch * max(1, round(side / patch)), "patch": patch, "channels": channels}
 
 

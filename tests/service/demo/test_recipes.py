@@ -57,7 +57,7 @@ def test_the_recipe_fits_the_size_of_other_media() -> None:
     built = build(png(28, "RGB"), wav(8000, 0.5))
     assert built.towers["image"].tokens.model_dump(include={"size", "patch", "channels"}) == {
         "size": 28,
-        "patch": 7,
+        "patch": 4,
         "channels": 3,
     }
     assert built.towers["audio"].tokens.model_dump(include={"sample_rate", "window_s"}) == {
