@@ -28,7 +28,7 @@ from service.edge.telemetry import Telemetry
 from service.followers import Followers
 from service.inference.gateway import Gateway
 from service.inference.label_cache import LabelCache
-from service.keys import Keys, any_key, check_bind
+from service.keys import Keys, any_key, check_bind, ensure_key
 from service.routes import (
     classify,
     compose,
@@ -106,6 +106,9 @@ async def _open(settings: Settings, telemetry: Telemetry) -> AsyncGenerator[Serv
     engine = open_engine(settings.resolved_database_url(), pool_size=THREADS)
     database = Database(engine)
     try:
+        if settings.api_key is not None:
+            key = settings.api_key.get_secret_value()
+            await database.write(lambda conn: ensure_key(conn, key))
         check_bind(settings, has_key=await database.read(any_key))
     except Unavailable:
         log.warning("the database does not answer; requests that need it get 503 until it does")

@@ -22,6 +22,7 @@ from urllib.parse import urlsplit
 
 import sqlalchemy as sa
 from pydantic import AwareDatetime, Field, StrictInt
+from sqlalchemy.dialects.postgresql import insert
 
 from service.contract.errors import Forbidden, TooMany, Unauthenticated, Unavailable
 from service.contract.settings import Settings
@@ -92,6 +93,22 @@ def create_key(conn: sa.Connection, tenant: str, wanted: CreateKey) -> tuple[str
         )
     )
     return key_id, key
+
+
+def ensure_key(conn: sa.Connection, key: str) -> None:
+    """Make sure that a key from the settings exists, with every scope; one that was revoked stays revoked.
+
+    Raises RuntimeError if it does not look like a key.
+    """
+    if not KEY.match(key):
+        msg = (
+            f"ISTHMUS_API_KEY is not a key: {PREFIX} and 32 hexadecimal digits, such as {PREFIX}$(openssl rand -hex 16)"
+        )
+        raise RuntimeError(msg)
+    given = insert(api_key).values(
+        id=new_id("key"), tenant_id=DEFAULT_TENANT, name="ISTHMUS_API_KEY", hash=hash_key(key), scopes=list(ALL_SCOPES)
+    )
+    conn.execute(given.on_conflict_do_nothing(index_elements=[api_key.c.hash]))  # several processes start at once
 
 
 def revoke_key(conn: sa.Connection, tenant: str, key_id: str) -> bool:

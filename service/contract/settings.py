@@ -23,6 +23,10 @@ class Settings(BaseSettings):
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65_535)] = 8000
     insecure: Annotated[bool, Field(description="serve without keys on a bind that is not loopback")] = False
+    api_key: Annotated[
+        SecretStr | None,
+        Field(description="a key with every scope that exists from the first start on: isk_ and 32 hex digits"),
+    ] = None
     docs: Annotated[bool, Field(description="serve /docs and /openapi.json")] = True
 
     lanes: Annotated[str, Field(description="what this worker does: of train, bulk, serve")] = "train,bulk,serve"

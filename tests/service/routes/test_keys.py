@@ -136,6 +136,18 @@ async def test_a_bind_that_others_reach_needs_a_key_or_a_word(start: Any, sqlite
         assert (await api.get("/v1/jobs", headers=bearer(key) | {"host": "far.example"})).status_code == 200
 
 
+async def test_a_key_from_the_settings_is_there_from_the_first_start(start: Any, database_url: str) -> None:
+    key = "isk_" + "0123456789abcdef" * 2
+    for _ in range(2):  # a second start finds it
+        async with start(database_url, host="0.0.0.0", api_key=key) as api:
+            assert (await api.get("/v1/models")).status_code == 401
+            listed = await api.get("/v1/keys", headers={"authorization": f"Bearer {key}"})
+            assert [entry["name"] for entry in listed.json()["data"]] == ["ISTHMUS_API_KEY"]
+    with pytest.raises(RuntimeError, match="is not a key"):
+        async with start(database_url, api_key="hunter2"):
+            pass
+
+
 async def test_78_another_tenants_things_are_answered_like_unknown_ones(api: Any) -> None:
     with api.service.database.engine.begin() as conn:
         theirs = {"tenant_id": "other", "artifact": "x/y"}
