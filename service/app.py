@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import AsyncGenerator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any, Final
 
 from fastapi import FastAPI
@@ -103,37 +103,40 @@ async def _open(settings: Settings, telemetry: Telemetry) -> AsyncGenerator[Serv
     Raises RuntimeError where others could call without a key.
     """
     settings.data.mkdir(parents=True, exist_ok=True)
-    engine = open_engine(settings.resolved_database_url(), pool_size=THREADS)
-    database = Database(engine)
-    try:
-        if settings.api_key is not None:
-            key = settings.api_key.get_secret_value()
-            await database.write(lambda conn: ensure_key(conn, key))
-        check_bind(settings, has_key=await database.read(any_key))
-    except Unavailable:
-        log.warning("the database does not answer; requests that need it get 503 until it does")
-    store = open_store(settings.resolved_store_url(), cache_dir=settings.data / "cache")
-    gateway = Gateway(settings, engine)
-    await gateway.start()
-    followers = Followers(database)
-    service = Service(
-        settings=settings,
-        database=database,
-        store=store,
-        gateway=gateway,
-        catalogue=Catalogue(database, store, Limits(max_pixels=settings.max_pixels, max_audio_s=settings.max_audio_s)),
-        keys=Keys(settings, database),
-        followers=followers,
-        labels=LabelCache(),
-        telemetry=telemetry,
-    )
-    try:
-        yield service
-    finally:
-        service.draining = True
-        await followers.close()
-        await gateway.stop()
-        engine.dispose()
+    async with AsyncExitStack() as opened:
+        engine = open_engine(settings.resolved_database_url(), pool_size=THREADS)
+        opened.callback(engine.dispose)
+        database = Database(engine)
+        try:
+            if settings.api_key is not None:
+                key = settings.api_key.get_secret_value()
+                await database.write(lambda conn: ensure_key(conn, key))
+            check_bind(settings, has_key=await database.read(any_key))
+        except Unavailable:
+            log.warning("the database does not answer; requests that need it get 503 until it does")
+        store = open_store(settings.resolved_store_url(), cache_dir=settings.data / "cache")
+        gateway = Gateway(settings, engine)
+        await gateway.start()
+        opened.push_async_callback(gateway.stop)
+        followers = Followers(database)
+        opened.push_async_callback(followers.close)
+        service = Service(
+            settings=settings,
+            database=database,
+            store=store,
+            gateway=gateway,
+            catalogue=Catalogue(
+                database, store, Limits(max_pixels=settings.max_pixels, max_audio_s=settings.max_audio_s)
+            ),
+            keys=Keys(settings, database),
+            followers=followers,
+            labels=LabelCache(),
+            telemetry=telemetry,
+        )
+        try:
+            yield service
+        finally:
+            service.draining = True
 
 
 def _openapi(app: FastAPI) -> dict[str, Any]:
