@@ -66,6 +66,9 @@ def _parser() -> argparse.ArgumentParser:
 
     demo = commands.add_parser("demo", help="learn digits seen and heard, then answer what nobody taught")
     demo.add_argument("--data", dest="tars", type=Path, help="a folder of WebDataset tars to learn from instead")
+    demo.add_argument(
+        "--only-data", type=Path, metavar="DIR", help="write the demo's data as tars into a folder; no more"
+    )
     demo.add_argument("--out", type=Path, default=Path(), help="folder for the page with the answers (here)")
     demo.add_argument("--keep", action="store_true", help="keep the service's data in ./isthmus-demo")
     demo.add_argument("--seed", type=int, default=0, help="of the data's captions and noise, and of the training")
@@ -262,10 +265,12 @@ def _keys(options: argparse.Namespace, settings: Settings) -> int:
 
 def _demo(options: argparse.Namespace) -> int:
     try:
-        from service.demo.tour import run  # noqa: PLC0415
+        from service.demo.tour import make_data, run  # noqa: PLC0415
     except ModuleNotFoundError as error:
         print(f"isthmus: the demo needs {error.name}: pip install 'isthmus[all]'", file=sys.stderr)
         return 1
+    if options.only_data:
+        return make_data(options.only_data, seed=options.seed)
     return run(tars=options.tars, out=options.out, keep=options.keep, seed=options.seed)
 
 

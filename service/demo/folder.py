@@ -1,4 +1,8 @@
-"""Learning from a folder of WebDataset tars instead: {image,audio}-text-{train,test}.tar, the test ones held out."""
+"""Learning from a folder of WebDataset tars instead.
+
+Either `{image,audio}-text.tar`, where a `.json` member names the split of each sample, or
+`{image,audio}-text-{train,test}.tar`.
+"""
 
 from __future__ import annotations
 
@@ -26,13 +30,20 @@ def read_folder(folder: Path) -> tuple[Collection, Collection]:
 
 
 def _read(folder: Path, medium: Medium) -> Collection:
-    paths = {split: folder / f"{medium}-text-{split}.tar" for split in ("train", "test")}
+    whole = folder / f"{medium}-text.tar"
     try:
-        train, test = read_tar(paths["train"], medium), read_tar(paths["test"], medium)
+        if whole.exists():
+            train, holdout = read_tar(whole, medium)
+        else:
+            train = [each for part in read_tar(folder / f"{medium}-text-train.tar", medium) for each in part]
+            holdout = [each for part in read_tar(folder / f"{medium}-text-test.tar", medium) for each in part]
     except FileNotFoundError as error:
-        msg = f"{folder} needs {paths['train'].name} and {paths['test'].name}; {error.filename} is missing"
+        msg = f"{folder} needs {whole.name}, or {medium}-text-train.tar and {medium}-text-test.tar"
         raise DemoError(msg) from error
     except (tarfile.TarError, UnicodeDecodeError, ValueError) as error:
         raise DemoError(str(error)) from error
+    if not train or not holdout:
+        msg = f"{whole}: a .json member with the split, train or holdout, has to name some samples of each"
+        raise DemoError(msg)
     kind = "images" if medium == "image" else "sounds"
-    return Collection(medium, f"{kind} of {folder}", thin(train, MAX_TRAIN), thin(test, MAX_HOLDOUT))
+    return Collection(medium, f"{kind} of {folder}", thin(train, MAX_TRAIN), thin(holdout, MAX_HOLDOUT))

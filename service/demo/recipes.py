@@ -21,6 +21,9 @@ def recipe(
     images: Collection, sounds: Collection, *, datasets: dict[str, str], steps: int, seed: int
 ) -> dict[str, Any]:
     """Return a recipe that joins image and text by one data set, audio and text by another; nothing joins the rest."""
+    # The pair with many more samples has more to learn from, and gets more of the steps.
+    fewest = min(len(images.train), len(sounds.train))
+    weights = {each.medium: max(1, round((len(each.train) / fewest) ** 0.5)) for each in (images, sounds)}
     longest = max(len(specimen.caption.encode()) for specimen in (*images.train, *sounds.train))
     text = {"kind": "text", "method": "auto", "max_length": min(128, longest + 2), "vocab": 512}
     return {
@@ -30,8 +33,8 @@ def recipe(
             "text": {"tokens": text, **_TOWER},
         },
         "pairs": [
-            {"dataset": datasets["image"], "modalities": ["image", "text"]},
-            {"dataset": datasets["audio"], "modalities": ["audio", "text"]},
+            {"dataset": datasets["image"], "modalities": ["image", "text"], "weight": weights["image"]},
+            {"dataset": datasets["audio"], "modalities": ["audio", "text"], "weight": weights["audio"]},
         ],
         "dimensions": 64,
         "optimiser": {"learning_rate": 4e-3, "warmup_steps": max(1, steps // 10)},

@@ -57,8 +57,8 @@ def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
     tar.addfile(member, io.BytesIO(content))
 
 
-def read_tar(path: Path, medium: Medium) -> list[Specimen]:
-    """Read the specimens of a WebDataset tar, in order; members of other kinds are passed over.
+def read_tar(path: Path, medium: Medium) -> tuple[list[Specimen], list[Specimen]]:
+    """Read the specimens of a WebDataset tar, in order: those to learn from, and those held out by their `.json`.
 
     Raises ValueError naming the file if it holds no specimen with a payload, a caption and a class.
     """
@@ -71,20 +71,23 @@ def read_tar(path: Path, medium: Medium) -> list[Specimen]:
             if content is not None:
                 parts.setdefault(f"{folder}/{key}" if folder else key, {})[extension.lower()] = content.read()
     wanted = EXTENSIONS[medium]
-    specimens = [
-        Specimen(
-            key=key.replace("/", "-"),
-            payload=part[wanted],
-            caption=part["txt"].decode().strip(),
-            label=part["cls"].decode().strip(),
-        )
-        for key, part in parts.items()
-        if {wanted, "txt", "cls"} <= part.keys()
-    ]
-    if not specimens:
+    train: list[Specimen] = []
+    holdout: list[Specimen] = []
+    for key, part in parts.items():
+        if {wanted, "txt", "cls"} <= part.keys():
+            about = json.loads(part.get("json", b"{}"))
+            specimen = Specimen(
+                key=key.replace("/", "-"),
+                payload=part[wanted],
+                caption=part["txt"].decode().strip(),
+                label=part["cls"].decode().strip(),
+                origin=str(about.get("origin", "")),
+            )
+            (holdout if about.get("split") == "holdout" else train).append(specimen)
+    if not train and not holdout:
         msg = f"{path}: no sample has a .{wanted}, a .txt and a .cls member"
         raise ValueError(msg)
-    return specimens
+    return train, holdout
 
 
 def thin(specimens: Iterable[Specimen], at_most: int) -> tuple[Specimen, ...]:

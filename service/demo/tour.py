@@ -67,6 +67,17 @@ def run(*, tars: Path | None, out: Path, keep: bool, seed: int) -> int:
     return 0
 
 
+def make_data(folder: Path, *, seed: int) -> int:
+    """Write the demo's data as it uploads them, image-text.tar and audio-text.tar, and return the exit code."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for collection in (digits.collect(seed), speech.collect(seed)):
+        path = folder / f"{collection.medium}-text.tar"
+        write_tar(path, collection)
+        print(f"{path}: {len(collection.train):,} to learn from, {len(collection.holdout):,} held out")
+        print(f"  {collection.source}")
+    return 0
+
+
 def tour(folder: Path, *, tars: Path | None, out: Path, seed: int) -> Outcome:
     """Walk through all of it.
 

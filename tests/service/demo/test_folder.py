@@ -8,6 +8,8 @@ import pytest
 
 from service.demo.client import DemoError
 from service.demo.folder import read_folder
+from service.demo.speech import UNHEARD
+from service.demo.tour import make_data
 
 
 def write(path: Path, extension: str, label: str) -> None:
@@ -31,10 +33,10 @@ def test_the_test_tars_are_held_out(tmp_path: Path) -> None:
     assert (sounds.train[0].payload, sounds.train[0].caption, sounds.train[0].label) == (b"payload", "a caption", "7")
 
 
-def test_a_missing_tar_is_named(tmp_path: Path) -> None:
+def test_missing_tars_are_named(tmp_path: Path) -> None:
     fill(tmp_path)
     (tmp_path / "audio-text-test.tar").unlink()
-    with pytest.raises(DemoError, match=r"audio-text-test\.tar is missing"):
+    with pytest.raises(DemoError, match=r"needs audio-text\.tar, or audio-text-train\.tar and"):
         read_folder(tmp_path)
 
 
@@ -48,4 +50,20 @@ def test_a_file_that_is_no_tar_is_an_error_of_the_demo(tmp_path: Path) -> None:
 def test_media_without_a_common_class_are_refused(tmp_path: Path) -> None:
     fill(tmp_path, audio_label="bark")
     with pytest.raises(DemoError, match="no class in common"):
+        read_folder(tmp_path)
+
+
+def test_the_demos_own_data_read_back_as_a_folder(tmp_path: Path) -> None:
+    assert make_data(tmp_path, seed=0) == 0
+    images, sounds = read_folder(tmp_path)
+    assert (len(images.train), len(images.holdout)) == (1442, 355)
+    assert {each.label for each in sounds.holdout} == {each.label for each in images.holdout}
+    assert len(sounds.holdout) == 400
+    assert sounds.holdout[0].origin in UNHEARD
+
+
+def test_a_tar_without_held_out_samples_is_refused(tmp_path: Path) -> None:
+    for medium, extension in (("image", "png"), ("audio", "wav")):
+        write(tmp_path / f"{medium}-text.tar", extension, "7")
+    with pytest.raises(DemoError, match="split"):
         read_folder(tmp_path)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 
 import numpy as np
 import soundfile
@@ -51,6 +52,13 @@ def test_the_recipe_is_one_and_never_pairs_images_with_sounds() -> None:
         "sample_rate": 16_000,
         "window_s": 1.0,
     }
+
+
+def test_the_pair_with_many_more_samples_gets_more_of_the_steps() -> None:
+    few, many = collection("image", png(8)), collection("audio", wav(8000, 0.5))
+    many = replace(many, train=many.train * 4)
+    built = Recipe.model_validate(recipe(few, many, datasets={"image": "ds_a", "audio": "ds_b"}, steps=10, seed=0))
+    assert [pair.weight for pair in built.pairs] == [1, 2]
 
 
 def test_the_recipe_fits_the_size_of_other_media() -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import json
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -47,10 +48,8 @@ def test_a_tar_holds_four_members_a_sample_and_names_the_split(scans: Collection
 def test_a_tar_reads_back_what_was_written(scans: Collection, tmp_path: Path) -> None:
     path = tmp_path / "image-text.tar"
     write_tar(path, scans)
-    back = read_tar(path, "image")
-    assert [(each.payload, each.caption, each.label) for each in back] == [
-        (each.payload, each.caption, each.label) for each in (*scans.train, *scans.holdout)
-    ]
+    for back, written in zip(read_tar(path, "image"), (scans.train, scans.holdout), strict=True):
+        assert [replace(each, key="") for each in back] == [replace(each, key="") for each in written]
 
 
 def test_a_tar_of_something_else_is_refused_by_name(scans: Collection, tmp_path: Path) -> None:
