@@ -127,9 +127,12 @@ def endpoints(settings: Settings) -> tuple[str, str]:
         raise ValueError(msg)
     if settings.worker_advertise is not None:
         return settings.worker_listen, settings.worker_advertise.rstrip("/")
-    if name in ("", "0.0.0.0", "::") or port == "0":  # noqa: S104  # compared, not bound
+    if port == "0":
         msg = "ISTHMUS_WORKER_ADVERTISE: no API can be told to reach this worker at " + settings.worker_listen
         raise ValueError(msg)
+    if name in ("", "0.0.0.0", "::"):  # noqa: S104  # compared, not bound
+        # Under compose and in most networks a host is known by its name, so every replica has one of its own.
+        return settings.worker_listen, f"http://{socket.gethostname()}:{port}"
     return settings.worker_listen, f"http://{settings.worker_listen}"
 
 

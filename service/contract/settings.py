@@ -33,7 +33,9 @@ class Settings(BaseSettings):
     worker_listen: Annotated[
         str | None, Field(description="host:port for inference from other hosts; default: a unix socket")
     ] = None
-    worker_advertise: Annotated[str | None, Field(description="URL under which the API reaches worker_listen")] = None
+    worker_advertise: Annotated[
+        str | None, Field(description="URL under which the API reaches worker_listen; default: by this host's name")
+    ] = None
     worker_token: Annotated[SecretStr | None, Field(description="shared secret of API and workers over TCP")] = None
 
     tick_s: Annotated[float, Field(gt=0, description="supervisor: claim, promote, look at cancel flags")] = 1.0

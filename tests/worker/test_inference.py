@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +33,11 @@ def test_an_address_that_others_reach_needs_a_token(tmp_path: Path) -> None:
     assert endpoints(given) == ("10.0.0.1:7000", "http://10.0.0.1:7000")
 
 
-def test_an_address_of_all_interfaces_needs_one_to_advertise(tmp_path: Path) -> None:
+def test_an_address_of_all_interfaces_is_advertised_by_the_hosts_name(tmp_path: Path) -> None:
+    everywhere = _settings(tmp_path, worker_listen="0.0.0.0:7000", worker_token="secret")
+    assert endpoints(everywhere) == ("0.0.0.0:7000", f"http://{socket.gethostname()}:7000")
     with pytest.raises(ValueError, match="ADVERTISE"):
-        endpoints(_settings(tmp_path, worker_listen="0.0.0.0:7000", worker_token="secret"))
+        endpoints(_settings(tmp_path, worker_listen="0.0.0.0:0", worker_token="secret"))
     given = _settings(
         tmp_path, worker_listen="0.0.0.0:7000", worker_token="secret", worker_advertise="http://gpu-1:7000/"
     )
