@@ -1,4 +1,4 @@
-"""The command line: `isthmus serve | api | worker | migrate | demo | keys | openapi`.
+"""The command line: `isthmus serve | api | worker | migrate | keys | demo | health | openapi`.
 
 Every command imports what it needs when it runs, so that `isthmus --help` is instant and no command loads another's
 dependencies. The worker is always a process of its own and never imported.
@@ -21,6 +21,7 @@ from sqlalchemy.exc import OperationalError, ProgrammingError
 
 from service.contract.errors import IsthmusError
 from service.contract.settings import Settings
+from service.serve import readiness, url_of
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -69,9 +70,12 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument(
         "--only-data", type=Path, metavar="DIR", help="write the demo's data as tars into a folder; no more"
     )
+    demo.add_argument("--url", help="ask a service that runs already, with the key in ISTHMUS_API_KEY if it needs one")
     demo.add_argument("--out", type=Path, default=Path(), help="folder for the page with the answers (here)")
     demo.add_argument("--keep", action="store_true", help="keep the service's data in ./isthmus-demo")
     demo.add_argument("--seed", type=int, default=0, help="of the data's captions and noise, and of the training")
+    health = commands.add_parser("health", help="say whether a service is ready, and exit with 0 if it is")
+    health.add_argument("--url", help="of an API or a worker's inference (http://127.0.0.1:<ISTHMUS_PORT>)")
     commands.add_parser("openapi", help="print the API's description as JSON")
     return parser
 
@@ -112,6 +116,8 @@ def _run(options: argparse.Namespace, settings: Settings) -> int:
             return _keys(options, settings)
         case "openapi":
             return _openapi(settings)
+        case "health":
+            return _health(options.url or url_of(settings.host, settings.port))
         case _:
             return _demo(options)
 
@@ -263,6 +269,12 @@ def _keys(options: argparse.Namespace, settings: Settings) -> int:
     return 0
 
 
+def _health(url: str) -> int:
+    answer = readiness(url)
+    print(json.dumps(answer) if answer is not None else f"{url} is not ready")
+    return 0 if answer is not None else 1
+
+
 def _demo(options: argparse.Namespace) -> int:
     try:
         from service.demo.tour import make_data, run  # noqa: PLC0415
@@ -271,7 +283,7 @@ def _demo(options: argparse.Namespace) -> int:
         return 1
     if options.only_data:
         return make_data(options.only_data, seed=options.seed)
-    return run(tars=options.tars, out=options.out, keep=options.keep, seed=options.seed)
+    return run(tars=options.tars, out=options.out, keep=options.keep, seed=options.seed, url=options.url)
 
 
 if __name__ == "__main__":

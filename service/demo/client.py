@@ -25,8 +25,9 @@ class DemoError(RuntimeError):
 class Client:
     """Isthmus over HTTP."""
 
-    def __init__(self, url: str) -> None:
-        self._http = httpx.Client(base_url=url, timeout=120.0, trust_env=False)
+    def __init__(self, url: str, *, key: str | None = None) -> None:
+        headers = {"authorization": f"Bearer {key}"} if key else {}
+        self._http = httpx.Client(base_url=url, headers=headers, timeout=120.0, trust_env=False)
 
     def __enter__(self) -> Self:
         return self

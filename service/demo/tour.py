@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import resource
 import signal
 import sys
@@ -46,13 +47,13 @@ class Outcome:
     seconds: dict[str, float]
 
 
-def run(*, tars: Path | None, out: Path, keep: bool, seed: int) -> int:
-    """Run the demo and return the exit code: 130 after Ctrl-C."""
+def run(*, tars: Path | None, out: Path, keep: bool, seed: int, url: str | None = None) -> int:
+    """Run the demo and return the exit code: 130 after Ctrl-C. With a URL it asks the service that runs there."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _interrupt)  # even where the shell started us with SIGINT ignored
     try:
         with _folder(keep=keep) as folder:
-            outcome = tour(folder, tars=tars, out=out, seed=seed)
+            outcome = tour(folder, tars=tars, out=out, seed=seed, url=url)
             _show(outcome)
     except KeyboardInterrupt:
         print("\nstopped; nothing is left running")
@@ -78,7 +79,7 @@ def make_data(folder: Path, *, seed: int) -> int:
     return 0
 
 
-def tour(folder: Path, *, tars: Path | None, out: Path, seed: int) -> Outcome:
+def tour(folder: Path, *, tars: Path | None, out: Path, seed: int, url: str | None = None) -> Outcome:
     """Walk through all of it.
 
     Raises DemoError if the data are not usable or the service fails.
@@ -96,8 +97,9 @@ def tour(folder: Path, *, tars: Path | None, out: Path, seed: int) -> Outcome:
     clock.lap("data")
 
     _step(2, "service")
-    with own_service(folder) as url, Client(url) as client:
-        print(f"  {url} (log: {folder / LOG})")
+    service = own_service(folder) if url is None else contextlib.nullcontext(url)
+    with service as place, Client(place, key=None if url is None else os.environ.get("ISTHMUS_API_KEY")) as client:
+        print(f"  {place}" + (f" (log: {folder / LOG})" if url is None else ""))
         clock.lap("start")
 
         _step(3, "upload and ingest")
