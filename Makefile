@@ -7,7 +7,6 @@
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
-CPU_TORCH := https://download.pytorch.org/whl/cpu
 
 # Stamps: a target that finds its stamp newer than what it was made from installs nothing.
 RUN_STAMP := $(VENV)/.isthmus-run
@@ -23,12 +22,10 @@ $(BIN)/python:
 	if [ -z "$$python" ]; then echo "Isthmus needs Python 3.11 or newer; name it with make PYTHON=/path/to/python" >&2; exit 1; fi; \
 	echo "making $(VENV) with $$($$python --version)"; $$python -m venv $(VENV)
 
-# Where there is no NVIDIA driver, the CPU build of torch spares a download of gigabytes. Not finding it is no error:
-# the next step installs the build that the usual index has.
+# pip's own settings choose the build of torch: on Linux the usual index has the CUDA build, which is gigabytes;
+# PIP_EXTRA_INDEX_URL can name PyTorch's CPU index, whose build the same constraints accept.
 $(RUN_STAMP): pyproject.toml constraints.txt | $(BIN)/python
 	@echo "installing Isthmus into $(VENV) (the first time takes a few minutes)"
-	@if [ "$$(uname -s)" = Linux ] && ! command -v nvidia-smi >/dev/null; then \
-		$(INSTALL) --index-url $(CPU_TORCH) --retries 0 --timeout 10 torch >/dev/null 2>&1 || true; fi
 	@$(INSTALL) -e '.[all]'
 	@touch $@
 
