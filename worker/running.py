@@ -53,7 +53,8 @@ class Running:
         self.claim = claim
         self.child = child
         self.batch = Batch()
-        self.started_at = self.written_at = now
+        self.started_at = now
+        self.written_at = now - _WRITE_S  # the first report is written as it comes
         self.outcome: Outcome | None = None
         self.settled = False
         self.asked: Literal["cancel", "interrupt"] | None = None
