@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
 from pydantic import ValidationError
 from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect
-from starlette.responses import PlainTextResponse, Response
+from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
 from service.contract.errors import (
@@ -56,12 +56,12 @@ def create_app(parts: Parts, *, timeout_s: float, token: str | None) -> Starlett
         return Response(packed, media_type="application/octet-stream", headers=headers)
 
     async def healthz(_request: Request) -> Response:
-        return PlainTextResponse("ok\n")
+        return JSONResponse({"status": "ok"})
 
     async def readyz(_request: Request) -> Response:
         if parts.batcher.alive():
-            return PlainTextResponse("ok\n")
-        return PlainTextResponse("the batcher does not run\n", status_code=503)
+            return JSONResponse({"status": "ok", "missing": []})
+        return JSONResponse({"status": "unready", "missing": ["batcher"]}, status_code=503)
 
     async def metrics(_request: Request) -> Response:
         return PlainTextResponse(_metrics(parts), media_type="text/plain; version=0.0.4")
