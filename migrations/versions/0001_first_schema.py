@@ -286,7 +286,7 @@ def upgrade() -> None:
         "metric",
         sa.Column("job_id", BIG, autoincrement=False, nullable=False),
         sa.Column("epoch", sa.BigInteger(), autoincrement=False, nullable=False),
-        sa.Column("name", sa.String(64), nullable=False),
+        sa.Column("name", sa.String(128), nullable=False, comment="loss/a+b takes two modality names"),
         sa.Column("step", sa.BigInteger(), autoincrement=False, nullable=False),
         sa.Column("tenant_id", sa.String(64), nullable=False),
         sa.Column("value", DOUBLE, nullable=False),

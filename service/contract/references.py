@@ -32,6 +32,10 @@ _ALIAS: Final = (
         model.c.deleted_at.is_(None),
     )
 )
+# Whoever records what a job reads keeps the rows from being deleted until that is committed. SQLite has one writer.
+_DATASET_HELD: Final = _DATASET.with_for_update(read=True, of=dataset)
+_MODEL_HELD: Final = _MODEL.with_for_update(read=True, of=model)
+_ALIAS_HELD: Final = _ALIAS.with_for_update(read=True, of=model)
 _CHECKPOINTS: Final = (
     sa.select(checkpoint.c.step, checkpoint.c.artifact, checkpoint.c.digest)
     .join(job, job.c.id == checkpoint.c.job_id)
@@ -41,12 +45,12 @@ _LATEST: Final = _CHECKPOINTS.order_by(checkpoint.c.step.desc()).limit(1)
 _STEP: Final = _CHECKPOINTS.where(checkpoint.c.step == sa.bindparam("step"))
 
 
-def resolve_dataset(conn: sa.Connection, tenant: str, ref: str) -> Input:
-    """Find a data set that is ready to be read.
+def resolve_dataset(conn: sa.Connection, tenant: str, ref: str, *, hold: bool = False) -> Input:
+    """Find a data set that is ready to be read; `hold` keeps it from being deleted until this transaction ends.
 
     Raises NotFound, Conflict (`dataset_not_ready`) while it is ingested, or Invalid (`dataset_failed`).
     """
-    row = conn.execute(_DATASET, {"tenant": tenant, "ref": ref}).one_or_none()
+    row = conn.execute(_DATASET_HELD if hold else _DATASET, {"tenant": tenant, "ref": ref}).one_or_none()
     if row is None:
         raise NotFound(f"there is no data set {ref}", code="dataset_not_found")
     if row.state == "ingesting":
@@ -56,8 +60,8 @@ def resolve_dataset(conn: sa.Connection, tenant: str, ref: str) -> Input:
     return Input(artifact=row.artifact, digest=row.digest, id=row.id, kind="dataset")
 
 
-def resolve_model(conn: sa.Connection, tenant: str, ref: str) -> Input:
-    """Find a model by id, alias, `job_x@latest` or `job_x@<step>`.
+def resolve_model(conn: sa.Connection, tenant: str, ref: str, *, hold: bool = False) -> Input:
+    """Find a model by id, alias, `job_x@latest` or `job_x@<step>`; `hold` as for data sets.
 
     Raises NotFound.
     """
@@ -72,21 +76,24 @@ def resolve_model(conn: sa.Connection, tenant: str, ref: str) -> Input:
         if row is None:
             raise missing
         return Input(artifact=row.artifact, digest=row.digest, id=f"{job_id}@{row.step}", kind="model")
-    row = conn.execute(_MODEL, {"tenant": tenant, "ref": ref}).one_or_none()
-    row = row or conn.execute(_ALIAS, {"tenant": tenant, "ref": ref}).one_or_none()
+    named = {"tenant": tenant, "ref": ref}
+    row = conn.execute(_MODEL_HELD if hold else _MODEL, named).one_or_none()
+    row = row or conn.execute(_ALIAS_HELD if hold else _ALIAS, named).one_or_none()
     if row is None:
         raise missing
     return Input(artifact=row.artifact, digest=row.digest, id=row.id, kind="model")
 
 
 def resolve(conn: sa.Connection, tenant: str, args: Args) -> dict[str, Input]:
-    """Find everything that a job reads, by the name its caller gave it.
+    """Find and hold everything that a job reads, by the name its caller gave it.
 
     Raises NotFound, Conflict or Invalid, naming what cannot be read.
     """
     named_model = args.model if isinstance(args, EmbedArgs | EvaluateArgs) else None
     return {
-        ref: resolve_model(conn, tenant, ref) if ref == named_model else resolve_dataset(conn, tenant, ref)
+        ref: resolve_model(conn, tenant, ref, hold=True)
+        if ref == named_model
+        else resolve_dataset(conn, tenant, ref, hold=True)
         for ref in inputs_of(args)
     }
 

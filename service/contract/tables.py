@@ -71,7 +71,7 @@ class Instant(TypeDecorator[datetime]):
         return datetime.fromtimestamp(value / 1_000_000, UTC)
 
 
-class now(ColumnElement[datetime]):  # noqa: N801  # reads as the SQL function it is
+class now(FunctionElement[datetime]):  # noqa: N801  # reads as the SQL function it is
     """The database's clock at the start of the statement.
 
     So it moves within a transaction, and an index can be searched for it, as it cannot for `clock_timestamp()`.
@@ -255,7 +255,7 @@ metric = Table(
     metadata,
     _job_id(primary_key=True),
     Column("epoch", BigInteger, primary_key=True, autoincrement=False),
-    Column("name", String(64), primary_key=True),
+    Column("name", String(128), primary_key=True, comment="loss/a+b takes two modality names"),
     Column("step", BigInteger, primary_key=True, autoincrement=False),
     Column("tenant_id", String(64), nullable=False),
     Column("value", sa.Double, nullable=False),

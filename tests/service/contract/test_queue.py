@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import time
 from datetime import UTC, datetime, timedelta
-from threading import Barrier, Thread
+from threading import Barrier, Event, Thread
 from typing import Any
 
 import pytest
@@ -11,7 +11,7 @@ import sqlalchemy as sa
 from service.contract import outcomes, queue
 from service.contract.errors import Conflict, Invalid, Malformed, NotFound, TooLarge, TooMany
 from service.contract.jobs import EmbedArgs, IngestArgs
-from service.contract.tables import dataset, idempotency, job, job_event, job_input, tenant_queue
+from service.contract.tables import dataset, idempotency, job, job_event, job_input, model, now, tenant_queue
 
 
 def _cancel(world: Any, public_id: str, tenant: str = "t") -> str:
@@ -92,6 +92,24 @@ def test_inputs_are_recorded_and_must_be_readable_by_the_tenant(world: Any) -> N
         world.add(EmbedArgs(model="best", dataset=world.dataset(state="ingesting"), modality="text"))
     with pytest.raises(Invalid, match="could not"):
         world.add(EmbedArgs(model="best", dataset=world.dataset(state="failed"), modality="text"))
+
+
+def test_what_a_job_reads_cannot_be_deleted_until_it_is_recorded(world: Any) -> None:
+    found, name = world.dataset(), world.model(alias="best")
+    for table, ref in ((dataset, found), (model, name)):
+        gone = Event()
+
+        def delete(table: sa.Table = table, ref: str = ref, gone: Event = gone) -> None:
+            world.execute(sa.update(table).where(table.c.id == ref).values(deleted_at=now()))
+            gone.set()
+
+        with world.engine.begin() as conn:
+            queue.enqueue(conn, tenant="t", args=EmbedArgs(model="best", dataset=found, modality="text"))
+            thread = Thread(target=delete)
+            thread.start()
+            assert not gone.wait(0.3)
+        thread.join()
+        world.execute(sa.update(table).values(deleted_at=None))
 
 
 def test_a_unique_key_gives_one_job_while_it_is_unfinished(world: Any) -> None:
