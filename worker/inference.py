@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from typing import Any, Final, final
 
-from service.contract.host import make_socket_folder
+from service.contract.host import leave_socket_folder, make_socket_folder
 from service.contract.settings import Settings
 from worker.child import ending
 
@@ -72,6 +72,7 @@ class Inference:
             self._close()
         if self.listen.startswith("unix:"):
             Path(self.listen.removeprefix("unix:")).unlink(missing_ok=True)
+            leave_socket_folder(self._settings.data)
 
     def _start(self) -> None:
         settings = self._settings

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import socket
@@ -56,3 +57,9 @@ def make_socket_folder(data: Path) -> Path:
         raise PermissionError(msg)
     folder.chmod(0o700)
     return folder
+
+
+def leave_socket_folder(data: Path) -> None:
+    """Remove the folder for sockets if nobody else's is in it."""
+    with contextlib.suppress(OSError):
+        socket_folder(data).rmdir()

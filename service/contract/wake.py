@@ -21,7 +21,7 @@ import psycopg
 import sqlalchemy as sa
 from sqlalchemy import event
 
-from service.contract.host import make_socket_folder, socket_folder
+from service.contract.host import leave_socket_folder, make_socket_folder, socket_folder
 
 CHANNEL: Final = "isthmus_job"
 _PAUSE_S: Final = 5.0  # between two attempts to listen
@@ -129,4 +129,6 @@ class Listener:
             self._socket.close()
         if self._path is not None:
             self._path.unlink(missing_ok=True)
+            if (data := _data_folder(self._engine)) is not None:
+                leave_socket_folder(data)
         self._connection = self._socket = self._path = None

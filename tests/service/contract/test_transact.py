@@ -6,6 +6,7 @@ import pytest
 import sqlalchemy as sa
 from sqlalchemy.exc import DBAPIError, OperationalError
 
+from service.contract import leases, outcomes, queue
 from service.contract.transact import read, transact
 
 BUSY = "database is locked"
@@ -72,3 +73,9 @@ def test_reading_takes_no_write_lock(engine: sa.Engine) -> None:
     with engine.begin() as writer:
         writer.execute(sa.text("DELETE FROM tenant_queue"))
         assert read(engine, lambda conn: conn.scalar(sa.text("SELECT count(*) FROM job"))) == 0
+
+
+def test_a_statement_built_once_is_compiled_once() -> None:
+    of_leases = (leases._CLAIM, leases._PROMOTE, leases._ORPHANS, leases._HEARTBEAT)
+    for statement in (*of_leases, outcomes._SUCCEED, outcomes._LATER, queue._CHARGE, queue._CANCEL):
+        assert statement._generate_cache_key() is not None, statement
