@@ -39,6 +39,7 @@ from worker.heartbeat import Heartbeat
 from worker.inference import Inference
 from worker.running import Done, Failed, Running, Stopped
 from worker.slot import Slot
+from worker.sweeper import Sweeper
 
 _log = logging.getLogger(__name__)
 _HINT_S: Final = 0.02  # between two turns that hints asked for
@@ -55,9 +56,10 @@ class Supervisor:
         lanes = settings.lane_set()
         self._settings = settings
         url = settings.resolved_database_url()
-        self._engine = open_engine(url, pool_size=2)
+        self._engine = open_engine(url, pool_size=3)
         self._listener = Listener(self._engine)
         self._heartbeat = Heartbeat(url, settings.heartbeat_s)
+        self._sweeper = Sweeper(self._engine, settings.resolved_store_url())
         self._worker_id: str | None = None
         self._first_id = new_id("worker")
         self._scratch = settings.data.resolve() / "scratch" / self._first_id
@@ -284,6 +286,7 @@ class Supervisor:
         if now >= self._next_housekeeping:
             self._next_housekeeping = now + _HOUSEKEEPING_S
             queue.prune_idempotency(self._engine)
+            self._sweeper.start()
 
     def _claim(self, slot: Slot) -> None:
         assert self._worker_id is not None
