@@ -24,10 +24,11 @@ import sqlalchemy as sa
 import torch
 
 from service.contract.artifacts import open_store
+from service.contract.dialects import now, open_engine
 from service.contract.host import boot_id
 from service.contract.recipe import Recipe
 from service.contract.settings import Settings
-from service.contract.tables import metadata, now, open_engine, worker
+from service.contract.tables import metadata, worker
 from service.contract.tokens import text
 from service.contract.tokens.tokenise import TextRaw
 from service.contract.wire import ModelRef

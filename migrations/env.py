@@ -9,8 +9,9 @@ from __future__ import annotations
 import sqlalchemy as sa
 from alembic import context
 
+from service.contract.dialects import open_engine
 from service.contract.settings import Settings
-from service.contract.tables import metadata, open_engine
+from service.contract.tables import metadata
 
 LOCK = 0x1574_3505  # one migration at a time
 

@@ -15,10 +15,10 @@ from starlette.exceptions import HTTPException
 
 from service.catalogue import Catalogue
 from service.contract.artifacts import open_store
+from service.contract.dialects import open_engine
 from service.contract.errors import IsthmusError, Unavailable
 from service.contract.manifest import code_version
 from service.contract.settings import Settings
-from service.contract.tables import open_engine
 from service.contract.tokens.decode import Limits
 from service.database import THREADS, Database
 from service.deps import Service

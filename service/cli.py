@@ -127,8 +127,8 @@ def _say(line: str) -> None:
 
 
 def _serve(settings: Settings) -> int:
-    from service.migrate import upgrade  # noqa: PLC0415
-    from service.serve import StartError, run  # noqa: PLC0415
+    from service.migrate import upgrade
+    from service.serve import StartError, run
 
     def prepare() -> None:
         upgrade(settings.resolved_database_url())
@@ -142,9 +142,9 @@ def _serve(settings: Settings) -> int:
 
 def _check_bind(settings: Settings) -> None:
     """Raise StartError for a bind that others can reach while nobody needs a key."""
-    from service.contract.tables import open_engine  # noqa: PLC0415
-    from service.keys import any_key, check_bind  # noqa: PLC0415
-    from service.serve import StartError  # noqa: PLC0415
+    from service.contract.dialects import open_engine
+    from service.keys import any_key, check_bind
+    from service.serve import StartError
 
     engine = open_engine(settings.resolved_database_url(), pool_size=1)
     try:
@@ -157,12 +157,12 @@ def _check_bind(settings: Settings) -> None:
 
 
 def _api(settings: Settings, fd: int | None) -> int:
-    import socket  # noqa: PLC0415
+    import socket
 
-    import uvicorn  # noqa: PLC0415
+    import uvicorn
 
-    from service.app import create_app  # noqa: PLC0415
-    from service.serve import StartError, bind  # noqa: PLC0415
+    from service.app import create_app
+    from service.serve import StartError, bind
 
     try:
         sock = socket.socket(fileno=fd) if fd is not None else bind(settings.host, settings.port, exactly=True)
@@ -208,7 +208,7 @@ def _worker(settings: Settings) -> int:
 
 
 def _migrate(settings: Settings) -> int:
-    from service.migrate import upgrade  # noqa: PLC0415
+    from service.migrate import upgrade
 
     upgrade(settings.resolved_database_url())
     _say("the database is up to date")
@@ -216,15 +216,16 @@ def _migrate(settings: Settings) -> int:
 
 
 def _openapi(settings: Settings) -> int:
-    from service.app import create_app  # noqa: PLC0415
+    from service.app import create_app
 
     _say(json.dumps(create_app(settings).openapi(), indent=2, ensure_ascii=False))
     return 0
 
 
 def _keys(options: argparse.Namespace, settings: Settings) -> int:
-    from service.contract.tables import api_key, open_engine, owned  # noqa: PLC0415
-    from service.keys import DEFAULT_TENANT, CreateKey, create_key, revoke_key  # noqa: PLC0415
+    from service.contract.dialects import open_engine
+    from service.contract.tables import api_key, owned
+    from service.keys import DEFAULT_TENANT, CreateKey, create_key, revoke_key
 
     engine = open_engine(settings.resolved_database_url(), pool_size=1)
     try:
@@ -277,7 +278,7 @@ def _health(url: str) -> int:
 
 def _demo(options: argparse.Namespace) -> int:
     try:
-        from service.demo.tour import make_data, run  # noqa: PLC0415
+        from service.demo.tour import make_data, run
     except ModuleNotFoundError as error:
         print(f"isthmus: the demo needs {error.name}: pip install 'isthmus[all]'", file=sys.stderr)
         return 1

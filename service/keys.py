@@ -24,9 +24,10 @@ import sqlalchemy as sa
 from pydantic import AwareDatetime, Field, StrictInt
 from sqlalchemy.dialects.postgresql import insert
 
+from service.contract.dialects import now
 from service.contract.errors import Forbidden, TooMany, Unauthenticated, Unavailable
 from service.contract.settings import Settings
-from service.contract.tables import api_key, now, owned
+from service.contract.tables import api_key, owned
 from service.contract.word import ALPHABET, Name, Word, new_id
 from service.database import Database
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import pytest
 import sqlalchemy as sa
 
-from service.contract.tables import open_engine
+from service.contract.dialects import open_engine
 from service.migrate import upgrade
 
 if TYPE_CHECKING:

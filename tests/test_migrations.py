@@ -10,7 +10,8 @@ import sqlalchemy as sa
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 
-from service.contract.tables import metadata, open_engine
+from service.contract.dialects import open_engine
+from service.contract.tables import metadata
 from service.migrate import downgrade, head, script_folder, upgrade
 
 

@@ -11,7 +11,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from service.contract import leases
-from service.contract.tables import open_engine
+from service.contract.dialects import open_engine
 
 _log = logging.getLogger(__name__)
 

@@ -25,13 +25,13 @@ from sqlalchemy.exc import DataError, DBAPIError, IntegrityError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from service.contract import leases, outcomes, queue
+from service.contract.dialects import open_engine
 from service.contract.errors import TooLarge
 from service.contract.host import boot_id, host_name
 from service.contract.jobs import KINDS, Lane, State
 from service.contract.leases import Claim, WorkerInfo
 from service.contract.outcomes import Batch
 from service.contract.settings import Settings
-from service.contract.tables import open_engine
 from service.contract.wake import Listener
 from service.contract.word import new_id
 from worker.cpus import num_cpus

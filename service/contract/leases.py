@@ -14,11 +14,12 @@ import sqlalchemy as sa
 from pydantic import ValidationError
 
 from service.contract import references
+from service.contract.dialects import after, now
 from service.contract.errors import RequestError
 from service.contract.jobs import Input, Lane, State, TrainArgs, args_adapter
 from service.contract.outcomes import add_event, end, give_up
 from service.contract.references import Args
-from service.contract.tables import after, checkpoint, job, job_input, now, worker
+from service.contract.tables import checkpoint, job, job_input, worker
 from service.contract.transact import read, transact
 
 _OVERRUN_S: Final = 30.0  # a supervisor kills at the deadline itself; only one that does not is overruled

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any, Final, Literal, assert_never, cast
 import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import insert
 
+from service.contract.dialects import after, now
 from service.contract.errors import TooLarge
 from service.contract.jobs import EmbedResult, EvaluateResult, IngestArgs, IngestResult, State, TrainArgs, TrainResult
 from service.contract.recipe import Budget
 from service.contract.tables import (
-    after,
     alias,
     checkpoint,
     dataset,
@@ -30,7 +30,6 @@ from service.contract.tables import (
     job_result,
     metric,
     model,
-    now,
 )
 from service.contract.transact import transact
 

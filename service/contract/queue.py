@@ -15,20 +15,12 @@ from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.exc import IntegrityError
 
 from service.contract import references, wake
+from service.contract.dialects import Instant, after, now
 from service.contract.errors import Conflict, Invalid, Malformed, NotFound, TooLarge, TooMany
 from service.contract.jobs import POLICIES, State
 from service.contract.outcomes import add_event, settle_dataset
 from service.contract.references import Args
-from service.contract.tables import (
-    MAX_ARGS_BYTES,
-    Instant,
-    after,
-    idempotency,
-    job,
-    job_input,
-    now,
-    tenant_queue,
-)
+from service.contract.tables import MAX_ARGS_BYTES, idempotency, job, job_input, tenant_queue
 from service.contract.transact import transact
 from service.contract.word import new_id
 

@@ -16,8 +16,9 @@ from fastapi import Response
 from fastapi.responses import JSONResponse
 from sqlalchemy.dialects import postgresql, sqlite
 
+from service.contract.dialects import after
 from service.contract.errors import Conflict, Invalid, Malformed
-from service.contract.tables import after, idempotency, owned
+from service.contract.tables import idempotency, owned
 
 DAY_S: Final = 24 * 3600
 ABANDONED_S: Final = 6 * 3600

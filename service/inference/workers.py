@@ -20,8 +20,9 @@ import httpx
 import sqlalchemy as sa
 from sqlalchemy.exc import SQLAlchemyError
 
+from service.contract.dialects import after
 from service.contract.host import boot_id
-from service.contract.tables import after, worker
+from service.contract.tables import worker
 
 if TYPE_CHECKING:
     from service.contract.settings import Settings

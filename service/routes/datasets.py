@@ -12,10 +12,11 @@ from fastapi import APIRouter, Query, Request, Response
 from pydantic import Field, TypeAdapter
 
 from service.contract import queue
+from service.contract.dialects import now
 from service.contract.errors import Conflict, Forbidden, Invalid, IsthmusError, NotFound, TooLarge, UnsupportedMedia
 from service.contract.jobs import Holdout, IngestArgs
 from service.contract.samples import Samples
-from service.contract.tables import dataset, job, job_input, now, owned
+from service.contract.tables import dataset, job, job_input, owned
 from service.contract.tokens.decode import array
 from service.contract.word import ModalityName, Name, Real, Text, Word, new_id
 from service.deps import IdempotencyKey, Reader, Running, Service, Writer

@@ -7,8 +7,9 @@ from typing import Annotated
 import sqlalchemy as sa
 from fastapi import APIRouter, Header, Response
 
+from service.contract.dialects import now
 from service.contract.errors import NotFound
-from service.contract.tables import embedding_set, now, owned
+from service.contract.tables import embedding_set, owned
 from service.deps import Reader, Running, Writer
 from service.edge.downloads import DOWNLOAD, list_files, send_file
 from service.edge.paging import WantedPage, check_id, select_page

@@ -8,8 +8,9 @@ import sqlalchemy as sa
 from fastapi import APIRouter, Response
 from fastapi.responses import PlainTextResponse
 
+from service.contract.dialects import after
 from service.contract.errors import IsthmusError
-from service.contract.tables import after, job, worker
+from service.contract.tables import job, worker
 from service.contract.word import Word
 from service.deps import Running
 

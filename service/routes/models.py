@@ -9,9 +9,10 @@ from fastapi import APIRouter, Header, Response
 from pydantic import Field, StrictStr
 
 from service.aliases import check_alias
+from service.contract.dialects import now
 from service.contract.errors import Conflict, Invalid, NotFound
 from service.contract.references import resolve_model
-from service.contract.tables import alias, job, job_input, model, now, owned
+from service.contract.tables import alias, job, job_input, model, owned
 from service.contract.word import Word
 from service.deps import Reader, Running, Service, Writer
 from service.edge.bodies import StrictRoute

@@ -10,7 +10,7 @@ import pytest
 import sqlalchemy as sa
 
 from service.cli import main
-from service.contract.tables import open_engine
+from service.contract.dialects import open_engine
 
 
 def isthmus(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:

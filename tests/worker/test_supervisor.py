@@ -19,14 +19,7 @@ import sqlalchemy as sa
 from service.contract import leases, queue
 from service.contract.artifacts import open_store
 from service.contract.jobs import IngestArgs
-from service.contract.tables import (
-    dataset,
-    job,
-    job_event,
-    job_progress,
-    job_result,
-    worker,
-)
+from service.contract.tables import dataset, job, job_event, job_progress, job_result, worker
 from service.contract.word import new_id
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -7,9 +7,10 @@ import pytest
 import sqlalchemy as sa
 
 from service.contract import leases, outcomes, queue
+from service.contract.dialects import now
 from service.contract.jobs import KINDS, EvaluateArgs, EvaluateResult, IngestArgs, TrainArgs
 from service.contract.leases import WorkerInfo
-from service.contract.tables import dataset, embedding_set, model, now
+from service.contract.tables import dataset, embedding_set, model
 from worker.sweeper import sweep
 
 if TYPE_CHECKING:

@@ -8,10 +8,11 @@ import pytest
 import sqlalchemy as sa
 
 from service.contract import leases, queue
+from service.contract.dialects import after
 from service.contract.jobs import KINDS, IngestArgs, Lane
 from service.contract.leases import Claim, WorkerInfo
-from service.contract.tables import after, dataset, job, model
 from service.contract.tables import alias as aliases
+from service.contract.tables import dataset, job, model
 from service.contract.tables import worker as workers
 from service.contract.word import new_id
 

@@ -8,10 +8,10 @@ import sqlalchemy as sa
 from sqlalchemy import event
 
 from service.contract import leases, outcomes, queue
+from service.contract.dialects import after as after_s
 from service.contract.jobs import EmbedArgs, TrainArgs
 from service.contract.modality import TextTokens
 from service.contract.recipe import Pair, Recipe, Tower
-from service.contract.tables import after as after_s
 from service.contract.tables import alias, dataset, job, job_event, job_input, model, worker
 
 

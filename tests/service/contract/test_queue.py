@@ -9,9 +9,10 @@ import pytest
 import sqlalchemy as sa
 
 from service.contract import outcomes, queue
+from service.contract.dialects import now
 from service.contract.errors import Conflict, Invalid, Malformed, NotFound, TooLarge, TooMany
 from service.contract.jobs import EmbedArgs, IngestArgs
-from service.contract.tables import dataset, idempotency, job, job_event, job_input, model, now, tenant_queue
+from service.contract.tables import dataset, idempotency, job, job_event, job_input, model, tenant_queue
 
 
 def _cancel(world: Any, public_id: str, tenant: str = "t") -> str:

@@ -17,10 +17,11 @@ import pytest
 import sqlalchemy as sa
 
 from service.contract.artifacts import Store, open_store
+from service.contract.dialects import now, open_engine
 from service.contract.errors import Invalid, NotFound, TooMany, Unavailable
 from service.contract.host import boot_id
 from service.contract.settings import Settings
-from service.contract.tables import now, open_engine, worker
+from service.contract.tables import worker
 from service.contract.wire import ComposeCall, ModelRef
 from service.inference.gateway import Gateway
 

@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
-from service.contract.tables import after, now, worker
+from service.contract.dialects import after, now
+from service.contract.tables import worker
 from service.inference.workers import find_endpoints
 
 

@@ -1,0 +1,129 @@
+"""What differs between SQLite and PostgreSQL: points in time, the clock, JSON, and how an engine is opened.
+
+Times are `timestamptz` on PostgreSQL and whole microseconds on SQLite (`Instant`); the database's clock decides
+(`now()`, `after(seconds)`), because workers' clocks disagree.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+import time
+from datetime import UTC, datetime
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy import BigInteger, Integer, event
+from sqlalchemy.dialects.postgresql import JSONB
+from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.sql.elements import ColumnElement
+from sqlalchemy.sql.functions import FunctionElement
+from sqlalchemy.types import JSON, TypeDecorator
+
+
+class Instant(TypeDecorator[datetime]):
+    """A point in time: timestamptz on PostgreSQL, integer microseconds on SQLite; always aware, always UTC."""
+
+    impl = sa.DateTime(timezone=True)
+    cache_ok = True
+
+    def load_dialect_impl(self, dialect: sa.Dialect) -> sa.types.TypeEngine[Any]:
+        """Choose the column type."""
+        return dialect.type_descriptor(BigInteger() if dialect.name == "sqlite" else sa.DateTime(timezone=True))
+
+    def process_bind_param(self, value: datetime | None, dialect: sa.Dialect) -> Any:
+        """Write an aware datetime."""
+        if value is None or dialect.name != "sqlite":
+            return value
+        return round(value.timestamp() * 1_000_000)
+
+    def process_result_value(self, value: Any | None, dialect: sa.Dialect) -> datetime | None:
+        """Read an aware datetime."""
+        if value is None or dialect.name != "sqlite":
+            return value
+        return datetime.fromtimestamp(value / 1_000_000, UTC)
+
+
+class now(FunctionElement[datetime]):  # noqa: N801  # reads as the SQL function it is
+    """The database's clock at the start of the statement.
+
+    So it moves within a transaction, and an index can be searched for it, as it cannot for `clock_timestamp()`.
+    """
+
+    type = Instant()
+    inherit_cache = True
+
+
+class after(FunctionElement[datetime]):  # noqa: N801
+    """The database's clock plus a number of seconds (a bind parameter or an expression; may be negative)."""
+
+    type = Instant()
+    inherit_cache = True  # a function of its clauses, so that a statement built once is compiled once
+
+    def __init__(self, seconds: ColumnElement[Any]) -> None:
+        super().__init__(seconds)
+
+
+@compiles(now)
+def _now(_element: now, _compiler: Any, **_: Any) -> str:
+    return "statement_timestamp()"
+
+
+@compiles(now, "sqlite")
+def _now_sqlite(_element: now, _compiler: Any, **_: Any) -> str:
+    return "isthmus_now()"
+
+
+@compiles(after)
+def _after(element: after, compiler: Any, **options: Any) -> str:
+    return f"(statement_timestamp() + make_interval(secs => {compiler.process(element.clauses, **options)}))"
+
+
+@compiles(after, "sqlite")
+def _after_sqlite(element: after, compiler: Any, **options: Any) -> str:
+    return f"(isthmus_now() + CAST(({compiler.process(element.clauses, **options)}) * 1000000 AS INTEGER))"
+
+
+# None is SQL's NULL, never JSON's null.
+Json = JSON(none_as_null=True).with_variant(JSONB(none_as_null=True), "postgresql")
+Big = BigInteger().with_variant(Integer(), "sqlite")  # SQLite's rowid alias must be spelled INTEGER
+
+
+def open_engine(url: str, *, pool_size: int = 5) -> sa.Engine:
+    """Open an engine with the time-outs and pragmas that the queue relies on.
+
+    On SQLite every transaction that `engine.begin()` opens is BEGIN IMMEDIATE: one that read first and wrote later
+    would meet SQLITE_BUSY at once, whatever the busy time-out.
+    """
+    if url.startswith("sqlite"):
+        engine = sa.create_engine(url, pool_size=pool_size, connect_args={"timeout": 10, "check_same_thread": False})
+        event.listen(engine, "connect", _prepare_sqlite)
+        event.listen(engine, "begin", _begin_immediate)
+        return engine
+    options = "-c statement_timeout=10000 -c lock_timeout=2000 -c idle_in_transaction_session_timeout=15000"
+    return sa.create_engine(
+        url,
+        pool_size=pool_size,
+        pool_pre_ping=True,
+        pool_timeout=5,
+        connect_args={"connect_timeout": 5, "options": options, "keepalives_idle": 30, "prepare_threshold": None},
+    )
+
+
+def _prepare_sqlite(connection: sqlite3.Connection, _record: object) -> None:
+    connection.isolation_level = None  # the driver would otherwise begin transactions behind our back
+    # "Deterministic" makes it constant within one statement, as statement_timestamp() is.
+    connection.create_function("isthmus_now", 0, lambda: time.time_ns() // 1000, deterministic=True)
+    for pragma in (
+        "journal_mode=WAL",
+        "synchronous=FULL",
+        "foreign_keys=ON",
+        "busy_timeout=10000",
+        "journal_size_limit=67108864",
+    ):
+        connection.execute(f"PRAGMA {pragma}")
+
+
+def _begin_immediate(connection: sa.Connection) -> None:
+    # Reads ask for execution_options(sqlite_read=True) and take no write lock.
+    mode = "DEFERRED" if connection.get_execution_options().get("sqlite_read") else "IMMEDIATE"
+    connection.exec_driver_sql(f"BEGIN {mode}")
