@@ -2,7 +2,7 @@
 # `make` alone lists the targets.
 
 .DEFAULT_GOAL := help
-.PHONY: help venv dev demo serve test check lint types slow gpu compose-check openapi clean
+.PHONY: help venv dev demo serve test check lint types slow gpu compose-check bench-serving openapi clean
 
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -63,6 +63,9 @@ gpu: $(DEV_STAMP) ## Run the tests that need a CUDA device
 
 compose-check: $(DEV_STAMP) ## Run the tests that need a compose engine
 	@$(BIN)/python -m pytest -m compose
+
+bench-serving: $(DEV_STAMP) ## Measure what a request costs beside the model
+	@$(BIN)/python -P benchmarks/serving.py
 
 openapi: $(DEV_STAMP) ## Write docs/openapi.json anew from the app
 	@$(BIN)/isthmus openapi > docs/openapi.json.new && mv docs/openapi.json.new docs/openapi.json

@@ -1,8 +1,10 @@
-"""What a request costs: `python -P benchmarks/serving.py`.
+"""What a request costs: `make bench-serving`, or `python -P benchmarks/serving.py`.
 
-One text through the gateway and a real inference process, against the same tokeniser and tower called in this
-process; and requests per second at 64 connections against one. Rounds are interleaved, so that a busy machine disturbs
-both sides alike; the interval is a bootstrap over rounds. The tower is small on purpose: what is measured is the rest.
+A whole `isthmus serve` is started and a small model trained in it; then one text is embedded over HTTP, against the
+same tokeniser and tower called in this process. The limits: bare + 3 ms when idle, three times that while a job trains.
+Idle rounds are interleaved with bare ones, so that a busy machine disturbs both sides alike; intervals are a bootstrap
+over rounds. The tower is small on purpose: what is measured is the rest. The client is a bare socket, since a client
+library's own time is of the same size.
 """
 
 from __future__ import annotations
@@ -10,112 +12,118 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import io
+import json
 import os
+import re
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Generator
 from pathlib import Path
+from typing import Any, Final, final
+from urllib.parse import urlsplit
 
+import httpx
 import numpy as np
-import sqlalchemy as sa
+import psutil
 import torch
 
-from service.contract.artifacts import open_store
-from service.contract.dialects import now, open_engine
-from service.contract.host import boot_id
-from service.contract.recipe import Recipe
-from service.contract.settings import Settings
-from service.contract.tables import metadata, worker
-from service.contract.tokens import text
 from service.contract.tokens.tokenise import TextRaw
-from service.contract.wire import ModelRef
-from service.inference.gateway import Gateway
-from worker.learning.model import Loaded, MultiTower, build_tokenisers, load_model, save_model, vocab_sizes
+from worker.learning.model import Loaded, load_model
 from worker.learning.ragged import Ragged
 
-ROOT = Path(__file__).resolve().parents[1]
-CAPTIONS = [f"a photo of {what} {where}" for what in ("a dog", "two cats", "the sea") for where in ("at night", "")]
-CONNECTIONS = 64
+ROOT: Final = Path(__file__).resolve().parents[1]
+WORDS: Final = ("a dog", "two cats", "the sea", "somebody", "a red car", "snow")
+CAPTIONS: Final = [f"a photo of {what} {where}" for what in WORDS for where in ("at night", "in the rain", "today")]
+CONNECTIONS: Final = 64
 
 
-@dataclass
-class Subject:
-    """The same model twice: here, and behind the gateway."""
+@final
+class Connection:
+    """One kept-alive HTTP/1.1 connection that sends the same kind of request again and again."""
 
-    gateway: Gateway
-    ref: ModelRef
-    loaded: Loaded
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._reader, self._writer = reader, writer
 
-    def tokens(self, at: int) -> list[np.ndarray]:
-        """Tokenise a caption."""
-        return self.loaded.tokenisers["text"](TextRaw(CAPTIONS[at % len(CAPTIONS)]))
+    @classmethod
+    async def open(cls, url: str) -> Connection:
+        """Connect."""
+        parts = urlsplit(url)
+        return cls(*await asyncio.open_connection(parts.hostname, parts.port))
 
-    async def bare(self, at: int) -> None:
-        """Tokenise and run the tower here."""
-        with torch.inference_mode():
-            self.loaded.model.encode("text", Ragged.from_sequences([self.tokens(at)])).numpy()
+    async def embed(self, at: int) -> None:
+        """Embed a caption, base64 as the OpenAI client asks for it."""
+        caption = CAPTIONS[at % len(CAPTIONS)]
+        body = json.dumps({"model": "bench", "input": caption, "encoding_format": "base64"}).encode()
+        head = "POST /v1/embeddings HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+        self._writer.write(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
+        answer = await self._reader.readuntil(b"\r\n\r\n")
+        length = re.search(rb"content-length: (\d+)", answer, re.IGNORECASE)
+        assert answer.startswith(b"HTTP/1.1 200 "), answer
+        assert length is not None
+        await self._reader.readexactly(int(length[1]))
 
-    async def served(self, at: int) -> None:
-        """Tokenise here, and let the inference process do the rest."""
-        await self.gateway.embed(self.ref, "text", [self.tokens(at)])
+    def close(self) -> None:
+        """Hang up."""
+        self._writer.close()
 
 
-def publish(folder: Path, width: int, depth: int) -> ModelRef:
-    """Publish an untrained model."""
-    size = {"width": width, "depth": depth, "heads": 4}
-    recipe = Recipe.model_validate(
-        {
-            "towers": {
-                "text": size | {"tokens": {"kind": "text", "method": "bytes", "vocab": 260, "max_length": 64}},
-                "code": size | {"tokens": {"kind": "discrete", "vocab": 16, "max_length": 16}},
-            },
-            "pairs": [{"dataset": "ds", "modalities": ["text", "code"]}],
-            "dimensions": 512,
-        }
+@contextlib.contextmanager
+def service(folder: Path) -> Generator[tuple[str, subprocess.Popen[str]]]:
+    """Run `isthmus serve` on a folder; yield its URL and process."""
+    process = subprocess.Popen(
+        [sys.executable, "-P", "-m", "service.cli", "serve", "--data", str(folder), "--port", "0"],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
     )
-    tokens = recipe.towers["text"].tokens
-    assert tokens.kind == "text"
-    files = {"text": text.train(CAPTIONS, tokens)}
-    model = MultiTower(recipe, vocab_sizes(recipe, build_tokenisers(recipe, files)))
-    body = save_model(model, folder / "model", recipe=recipe, tokeniser_files=files, banks={}, extra={})
-    store = open_store(str(folder / "store"))
-    manifest = store.publish(folder / "model", "models/model_bench/1", kind="model", id="model_bench", body=body)
-    return ModelRef(artifact="models/model_bench/1", digest=manifest.digest)
+    try:
+        assert process.stdout is not None
+        yield next(found[1] for line in process.stdout if (found := re.search(r"ready at (\S+)", line))), process
+    finally:
+        process.terminate()
+        process.wait()
 
 
-@contextlib.asynccontextmanager
-async def subject(width: int, depth: int) -> AsyncGenerator[Subject]:
-    """Start an inference process and a gateway that knows it."""
-    with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as stack:
-        folder = Path(name)
-        ref = publish(folder, width, depth)
-        endpoint = f"unix:{folder / 'socket'}"
-        engine = open_engine(f"sqlite:///{folder / 'isthmus.db'}")
-        stack.callback(engine.dispose)
-        metadata.create_all(engine)
-        row = {"id": "w", "lanes": ["serve"], "kinds": [], "host": "here", "boot": boot_id(), "pid": 1, "version": "0"}
-        with engine.begin() as connection:
-            connection.execute(sa.insert(worker).values(**row, endpoint=endpoint, last_seen=now()))
-        command = [sys.executable, "-P", "-m", "worker.serving", "--endpoint", endpoint]
-        process = subprocess.Popen(  # noqa: ASYNC220  # nothing else runs yet
-            [*command, "--store", str(folder / "store"), "--device", "cpu"],
-            stdin=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            env=os.environ | {"PYTHONPATH": str(ROOT)},
-        )
-        stack.callback(process.wait)
-        stack.callback(process.kill)
-        gateway = Gateway(Settings(worker_ttl_s=86_400), engine)
-        await gateway.start()
-        try:
-            while not await gateway.ready():  # noqa: ASYNC110  # the gateway has no event to wait for
-                await asyncio.sleep(0.1)
-            yield Subject(gateway, ref, load_model(folder / "store" / ref.artifact, "cpu"))
-        finally:
-            await gateway.stop()
+def pairs() -> bytes:
+    """Make a tar of captions, each with a few ids."""
+    buffer, rng = io.BytesIO(), np.random.default_rng(0)
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        for index in range(256):
+            ids = io.BytesIO()
+            np.save(ids, rng.integers(0, 16, 8).astype(np.int32))
+            caption = CAPTIONS[index % len(CAPTIONS)].encode()
+            for name, content in ((f"{index}.txt", caption), (f"{index}.code.ids.npy", ids.getvalue())):
+                member = tarfile.TarInfo(name)
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    return buffer.getvalue()
+
+
+def recipe(dataset: str, steps: int, width: int, depth: int) -> dict[str, Any]:
+    """Write the recipe of the model to serve, and of the job that trains beside it."""
+    size = {"width": width, "depth": depth, "heads": 4}
+    return {
+        "towers": {
+            "text": size | {"tokens": {"kind": "text", "max_length": 64}},
+            "code": size | {"tokens": {"kind": "discrete", "vocab": 16, "max_length": 8}},
+        },
+        "pairs": [{"dataset": dataset, "modalities": ["text", "code"]}],
+        "dimensions": 512,
+        "budget": {"steps": steps, "batch_size": 128},
+    }
+
+
+def wait(http: httpx.Client, job: str, status: str) -> dict[str, Any]:
+    """Wait until a job has a status."""
+    while (found := http.get(f"/v1/jobs/{job}").json())["status"] != status:
+        assert found["status"] not in {"failed", "cancelled"}, found
+        time.sleep(0.1)
+    return found
 
 
 async def p50_ms(call: Callable[[int], Awaitable[None]], num: int) -> float:
@@ -128,61 +136,109 @@ async def p50_ms(call: Callable[[int], Awaitable[None]], num: int) -> float:
     return float(np.median(times))
 
 
-async def per_second(call: Callable[[int], Awaitable[None]], num: int, connections: int) -> float:
-    """Return the calls per second of some connections, each asking again when it has its answer."""
+async def per_second(connections: list[Connection], num: int) -> float:
+    """Return the requests per second of some connections, each asking again when it has its answer."""
+    share = num // len(connections)
 
-    async def ask() -> None:
-        for at in range(num // connections):
-            await call(at)
+    async def ask(connection: Connection) -> None:
+        for at in range(share):
+            await connection.embed(at)
 
     began = time.perf_counter()
-    await asyncio.gather(*(ask() for _ in range(connections)))
-    return (num // connections) * connections / (time.perf_counter() - began)
+    await asyncio.gather(*map(ask, connections))
+    return share * len(connections) / (time.perf_counter() - began)
 
 
 def interval(values: list[float], over: list[float]) -> str:
     """Write the ratio of two medians with its bootstrap 95 % interval over rounds."""
     rng = np.random.default_rng(0)
     a, b = np.array(values), np.array(over)
-    draws = rng.integers(0, len(a), (2000, len(a)))
-    low, high = np.quantile(np.median(a[draws], axis=1) / np.median(b[draws], axis=1), [0.025, 0.975])
+    ratios = [
+        np.median(a[rng.integers(0, len(a), len(a))]) / np.median(b[rng.integers(0, len(b), len(b))])
+        for _ in range(2000)
+    ]
+    low, high = np.quantile(ratios, [0.025, 0.975])
     return f"{np.median(a) / np.median(b):.2f} [{low:.2f}, {high:.2f}]"
 
 
-async def main() -> None:
+async def measure(url: str, loaded: Loaded, http: httpx.Client, training: dict[str, Any], rounds: int) -> None:
+    """Measure idle and beside a training job, and print the table."""
+
+    async def bare(at: int) -> None:
+        with torch.inference_mode():
+            tokens = loaded.tokenisers["text"](TextRaw(CAPTIONS[at % len(CAPTIONS)]))
+            loaded.model.encode("text", Ragged.from_sequences([tokens])).numpy()
+
+    connections = [await Connection.open(url) for _ in range(CONNECTIONS)]
+    one = connections[0]
+    rows: dict[str, list[float]] = {name: [] for name in ("bare", "idle", "alone", "together", "busy")}
+    for turn in range(rounds + 1):
+        figures = {
+            "bare": await p50_ms(bare, 100),
+            "idle": await p50_ms(one.embed, 100),
+            "alone": await per_second([one], 100),
+            "together": await per_second(connections, 1280),
+        }
+        if turn:  # the first one warms up
+            for name, figure in figures.items():
+                rows[name].append(figure)
+    job = http.post("/v1/jobs", json=training).json()["id"]
+    wait(http, job, "running")
+    await asyncio.sleep(3)
+    for _ in range(rounds):
+        rows["busy"].append(await p50_ms(one.embed, 100))
+    http.post(f"/v1/jobs/{job}/cancel").raise_for_status()
+    for connection in connections:
+        connection.close()
+    limit = [figure + 3.0 for figure in rows["bare"]]
+    beside = [3 * figure for figure in limit]
+    together = f"{interval(rows['together'], rows['alone'])} x one connection"
+    for name, key, unit, ratio in (
+        ("one text, bare tokenise + forward, p50", "bare", "ms", ""),
+        ("one text over HTTP, idle, p50", "idle", "ms", f"{interval(rows['idle'], limit)} x (bare + 3 ms)"),
+        ("one text over HTTP, a job trains, p50", "busy", "ms", f"{interval(rows['busy'], beside)} x 3 (bare + 3 ms)"),
+        ("requests at 1 connection", "alone", "/s", ""),
+        (f"requests at {CONNECTIONS} connections", "together", "/s", together),
+    ):
+        print(f"{name:<42}{np.median(rows[key]):>9.2f} {unit:<4} {ratio}")
+
+
+def footprint(process: subprocess.Popen[str]) -> None:
+    """Print what the API process weighs and how long its import takes."""
+    children = psutil.Process(process.pid).children(recursive=True)
+    api = next(child for child in children if "api" in child.cmdline())
+    print(f"{'API process, resident':<42}{api.memory_info().rss / 2**20:>9.0f} MiB")
+    took: list[float] = []
+    for _ in range(5):
+        began = time.perf_counter()
+        subprocess.run([sys.executable, "-c", "import service.app"], check=True, cwd=ROOT)
+        took.append(time.perf_counter() - began)
+    print(f"{'API process, import (best of 5)':<42}{min(took):>9.2f} s")
+
+
+def main() -> None:
     """Measure, and print a table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--requests", type=int, default=640, help="per round and side")
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--depth", type=int, default=2)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    bare: list[float] = []
-    served: list[float] = []
-    alone: list[float] = []
-    together: list[float] = []
-    async with subject(arguments.width, arguments.depth) as it:
-        for round_number in range(arguments.rounds + 1):
-            few = max(20, arguments.requests // 8)
-            figures = (
-                await p50_ms(it.bare, few),
-                await p50_ms(it.served, few),
-                await per_second(it.served, few, 1),
-                await per_second(it.served, arguments.requests, CONNECTIONS),
-            )
-            if round_number:  # the first one warms up
-                for found, figure in zip((bare, served, alone, together), figures, strict=True):
-                    found.append(figure)
-    rows = [
-        ("one text, bare tokenise + forward, p50", f"{np.median(bare):.2f} ms", ""),
-        ("one text, through the gateway, p50", f"{np.median(served):.2f} ms", f"{interval(served, bare)} x bare"),
-        ("requests at 1 connection", f"{np.median(alone):.0f} /s", ""),
-        (f"requests at {CONNECTIONS} connections", f"{np.median(together):.0f} /s", f"{interval(together, alone)} x 1"),
-    ]
-    for name, figure, ratio in rows:
-        print(f"{name:<42}{figure:>12}   {ratio}")
+    with (
+        tempfile.TemporaryDirectory() as name,
+        service(Path(name)) as (url, process),
+        httpx.Client(base_url=url) as http,
+    ):
+        dataset = http.post("/v1/datasets", data={"name": "bench"}, files={"file": ("p.tar", pairs())}).json()
+        wait(http, dataset["job_id"], "succeeded")
+        size = {"width": arguments.width, "depth": arguments.depth}
+        served = {"kind": "train", "name": "bench", "recipe": recipe(dataset["id"], 20, **size)}
+        artifact = wait(http, http.post("/v1/jobs", json=served).json()["id"], "succeeded")["result"]["artifact"]
+        loaded = load_model(Path(name) / "store" / artifact, "cpu")
+        training = {"kind": "train", "recipe": recipe(dataset["id"], 1_000_000, **size)}
+        asyncio.run(measure(url, loaded, http, training, arguments.rounds))
+        footprint(process)
 
 
 if __name__ == "__main__":
-    asyncio.run(main())
+    main()
