@@ -120,14 +120,14 @@ async def _open(settings: Settings, telemetry: Telemetry) -> AsyncGenerator[Serv
         opened.push_async_callback(gateway.stop)
         followers = Followers(database)
         opened.push_async_callback(followers.close)
+        limits = Limits(max_pixels=settings.max_pixels, max_audio_s=settings.max_audio_s)
         service = Service(
             settings=settings,
+            limits=limits,
             database=database,
             store=store,
             gateway=gateway,
-            catalogue=Catalogue(
-                database, store, Limits(max_pixels=settings.max_pixels, max_audio_s=settings.max_audio_s)
-            ),
+            catalogue=Catalogue(database, store, limits),
             keys=Keys(settings, database),
             followers=followers,
             labels=LabelCache(),

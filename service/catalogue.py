@@ -1,6 +1,6 @@
 """Models as this process knows them: names five seconds fresh, manifests and tokenisers for good.
 
-An artifact never changes, so what was read of it is kept by its digest. Weights are never opened here.
+An artifact never changes, so what was read of it is kept. Weights are never opened here.
 """
 
 from __future__ import annotations
@@ -81,6 +81,10 @@ class Model:
             )
         return float(scale)
 
+    def has_bank(self, first: str, second: str) -> bool:
+        """Tell whether the model keeps a bridge bank of a trained pair."""
+        return pair_name(first, second) in self.body.get("banks", {})
+
     def described_pairs(self) -> str:
         """Name the trained pairs in a sentence."""
         return ", ".join(f"{first} with {second}" for first, second in self.pairs)
@@ -98,7 +102,7 @@ class Model:
 
 @dataclass
 class _Name:
-    found: Input | None
+    found: Input
     at: float
 
 
@@ -111,7 +115,7 @@ class Catalogue:
         self._store = store
         self._limits = limits
         self._names: OrderedDict[tuple[str, str], _Name] = OrderedDict()
-        self._models: OrderedDict[str, Model] = OrderedDict()
+        self._models: OrderedDict[tuple[str, str], Model] = OrderedDict()
         self._limiter = anyio.CapacityLimiter(THREADS)
 
     async def find(self, tenant: str, name: str, *, param: str = "model") -> Model:
@@ -133,33 +137,29 @@ class Catalogue:
     async def _resolve(self, tenant: str, name: str) -> Input:
         at = time.monotonic()
         known = self._names.get((tenant, name))
-        if known is None or at - known.at > FRESH_S:
-            try:
-                found = await self._database.read(lambda conn: resolve_model(conn, tenant, name))
-            except NotFound:
-                found = None
-            except Unavailable:
-                if known is None:
-                    raise
-                found = known.found
-            # An unknown name is asked for again at once: its model may be there a second later.
-            known = _Name(found, at)
-            if found is None:
-                self._names.pop((tenant, name), None)
-            else:
-                self._names[tenant, name] = known
-                while len(self._names) > MAX_NAMES:
-                    self._names.popitem(last=False)
-        if known.found is None:
-            raise NotFound("there is no model by that name", code="model_not_found")
-        return known.found
+        if known is not None and at - known.at <= FRESH_S:
+            return known.found
+        try:
+            found = await self._database.read(lambda conn: resolve_model(conn, tenant, name))
+        except NotFound:  # not kept: its model may be there a second later
+            self._names.pop((tenant, name), None)
+            raise NotFound("there is no model by that name", code="model_not_found") from None
+        except Unavailable:
+            if known is None:
+                raise
+            found = known.found
+        self._names[tenant, name] = _Name(found, at)
+        while len(self._names) > MAX_NAMES:
+            self._names.popitem(last=False)
+        return found
 
     async def _load(self, found: Input) -> Model:
-        if (model := self._models.get(found["digest"])) is not None:
-            self._models.move_to_end(found["digest"])
+        key = found["artifact"], found["digest"]  # two models can be equal, and one of them be deleted
+        if (model := self._models.get(key)) is not None:
+            self._models.move_to_end(key)
             return model
         model = await anyio.to_thread.run_sync(_read, self._store, found, self._limits, limiter=self._limiter)
-        self._models[found["digest"]] = model
+        self._models[key] = model
         while len(self._models) > MAX_MODELS:
             self._models.popitem(last=False)
         return model

@@ -14,6 +14,7 @@ from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from service.catalogue import Catalogue
 from service.contract.settings import Settings
 from service.contract.store import Store
+from service.contract.tokens.decode import Limits
 from service.database import Database
 from service.edge.telemetry import Telemetry
 from service.followers import Followers
@@ -30,6 +31,7 @@ class Service:
     """Everything that is open while the process serves."""
 
     settings: Settings
+    limits: Limits
     database: Database
     store: Store
     gateway: Gateway

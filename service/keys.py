@@ -138,6 +138,13 @@ def is_loopback(host: str) -> bool:
         return False
 
 
+def _name_in(url: str) -> str:
+    try:
+        return urlsplit(url).hostname or ""
+    except ValueError:  # such as an unclosed bracket
+        return ""
+
+
 def check_bind(settings: Settings, *, has_key: bool) -> None:
     """Raise RuntimeError for a bind that others can reach while nobody needs a key."""
     if not (has_key or settings.insecure or is_loopback(settings.host)):
@@ -222,9 +229,8 @@ class Keys:
             raise Unauthenticated("an API key is needed, and there is none yet")
         # A web page on another site must not reach an open service through its reader's browser, neither by a plain
         # form (Origin) nor by a name of its own that resolves to 127.0.0.1 (Host).
-        origin = urlsplit(headers.get("origin", "http://localhost")).hostname or ""
-        host = urlsplit(f"//{headers.get('host', '')}").hostname or ""
-        if not (is_loopback(host) and is_loopback(origin)):
+        origin, host = headers.get("origin", "http://localhost"), headers.get("host", "")
+        if not (is_loopback(_name_in(f"//{host}")) and is_loopback(_name_in(origin))):
             raise Forbidden("without API keys only this machine may call, by the name localhost or 127.0.0.1")
         return OPEN
 
@@ -240,6 +246,7 @@ class Keys:
                 raise
             known.at = at
             return known
+        known = self._known.get(digest)  # another request may have found it meanwhile: its bucket counts
         if known is None:
             rate = caller.requests_per_minute if caller else None
             known = self._known[digest] = _Known(caller, at, _Bucket(float(rate or 0), at))

@@ -106,18 +106,27 @@ async def tokenise(
     """
     began = time.perf_counter()
     hints = _hints(model, hint, len(items))
-    limits = Limits(max_pixels=service.settings.max_pixels, max_audio_s=service.settings.max_audio_s)
 
     def work(start: int) -> list[Tokenised]:
         return [
-            _tokenise_one(model, items[index], at[index], index, hint=hints[index], limits=limits, truncate=truncate)
+            _tokenise_one(
+                model, items[index], at[index], index, hint=hints[index], limits=service.limits, truncate=truncate
+            )
             for index in range(start, min(start + CHUNK, len(items)))
         ]
 
     chunks = await asyncio.gather(
-        *(anyio.to_thread.run_sync(work, start, limiter=service.token_threads) for start in range(0, len(items), CHUNK))
+        *(
+            anyio.to_thread.run_sync(work, start, limiter=service.token_threads)
+            for start in range(0, len(items), CHUNK)
+        ),
+        return_exceptions=True,  # so that the first bad item is the one that is named, whichever thread was faster
     )
-    found = [tokens for chunk in chunks for tokens in chunk]
+    found: list[Tokenised] = []
+    for chunk in chunks:
+        if isinstance(chunk, BaseException):
+            raise chunk
+        found += chunk
     total = sum(tokens.num_tokens for tokens in found)
     if total > service.settings.max_tokens:
         raise Invalid(f"{total} tokens, at most {service.settings.max_tokens} in a request")
@@ -183,9 +192,7 @@ def _tokenise_one(
             return Tokenised(modality, model.tokenisers[modality](raw, truncate=truncate))
         return Tokenised(modality, [], _unit(raw, model.dimensions))
     except IsthmusError as error:
-        error.param = at if error.param is None else f"{at}.{error.param}"
-        error.item = index
-        raise
+        raise error.at(at, index) from None
 
 
 def _unit(values: np.ndarray, dimensions: int) -> Float32[np.ndarray, " dim"]:

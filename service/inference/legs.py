@@ -95,12 +95,9 @@ def _bridge(model: Model, source: str, target: str, through: str | None) -> str 
     found = [each for each in model.partners(source) if each in model.partners(target)]
     if through is not None:
         return through if through in found else None
-    return min(found, key=lambda each: (not _has_banks(model, source, each, target), each), default=None)
-
-
-def _has_banks(model: Model, source: str, bridge: str, target: str) -> bool:
-    banks = model.body.get("banks", {})
-    return all("+".join(sorted((bridge, each))) in banks for each in (source, target))
+    return min(
+        found, key=lambda each: (not all(model.has_bank(each, end) for end in (source, target)), each), default=None
+    )
 
 
 def _two(model: Model, source: str, bridge: str, target: str) -> list[Leg]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -13,11 +12,9 @@ from jaxtyping import Float32
 
 from service import embedding_sets
 from service.catalogue import Model
-from service.contract.errors import Invalid, NotFound, TooLarge, UnsupportedMedia
+from service.contract.errors import Invalid, IsthmusError, NotFound, TooLarge, UnsupportedMedia
 from service.contract.items import AnyItem
 from service.contract.operations import ComposeRequest, ComposeResponse, EmbeddingSetRef
-from service.contract.recipe import pair_name
-from service.contract.tokens.decode import Limits
 from service.contract.tokens.read import read_item
 from service.contract.wire import Arrays, ComposeAnswer, ComposeCall
 from service.deps import Inferrer, Running, Service
@@ -66,7 +63,7 @@ async def create(service: Running, caller: Inferrer, body: ComposeRequest, respo
     models = await _models(service, caller, body)
     source = listed(service, body.source, "source")
     target = body.target if isinstance(body.target, EmbeddingSetRef) else listed(service, body.target, "target")
-    from_ = _modality(models[0], source, "source", body.source, body.source_modality)
+    from_ = _modality(service, models[0], source, "source", body.source, hint=body.source_modality)
     to = await _target_modality(service, caller, models[-1], target, body)
     way = _way(body, models, from_, to)
     timings = Timings()
@@ -127,29 +124,24 @@ def _way(body: ComposeRequest, models: list[Model], from_: str, to: str) -> Way:
     return within(models[0], from_, to, through=through, given_bridge=given, wanted=body.method)
 
 
-def _modality(model: Model, items: Sequence[AnyItem], name: str, given: object, hint: str | None) -> str:
-    """Return the one modality of all items; nothing is decoded for that."""
+def _modality(
+    service: Service, model: Model, items: list[AnyItem], name: str, given: object, *, hint: str | None
+) -> str:
+    """Return the modality of the first item: all the others have to be of the same."""
     if hint is not None:
         model.check_modality(hint, param=f"{name}_modality")
-    found: str | None = None
-    for place, item in zip(places(name, items, given), items, strict=True):
-        try:
-            modality, _ = read_item(item, modality_hint=hint, modalities=model.modalities, limits=Limits())
-        except Invalid as error:
-            error.param = place if error.param is None else f"{place}.{error.param}"
-            raise
-        if found is not None and modality != found:
-            raise Invalid(f"this is {modality} and the one before is {found}: all are of one modality", param=place)
-        found = modality
-    assert found is not None  # a list has an item at least
-    return found
+    try:
+        modality, _ = read_item(items[0], modality_hint=hint, modalities=model.modalities, limits=service.limits)
+    except IsthmusError as error:
+        raise error.at(places(name, items, given)[0]) from None
+    return modality
 
 
 async def _target_modality(
     service: Service, caller: Caller, model: Model, target: list[AnyItem] | EmbeddingSetRef, body: ComposeRequest
 ) -> str:
     if not isinstance(target, EmbeddingSetRef):
-        return _modality(model, target, "target", body.target, body.target_modality)
+        return _modality(service, model, target, "target", body.target, hint=body.target_modality)
     found = await embedding_sets.find(service, caller.tenant, target.embeddings, param="target.embeddings")
     return found.about.modality
 
@@ -165,7 +157,7 @@ async def _side(asked: Asked, model: Model, given: list[AnyItem] | EmbeddingSetR
     found = await encode(asked.service, model, given, at, asked.timings, hint=hint, truncate=body.truncate)
     for place, each in zip(at, found.modalities, strict=True):
         if each != modality:
-            raise Invalid(f"this is {each}, not {modality}", param=place)
+            raise Invalid(f"this is {each}, not {modality}: all are of one modality", param=place)
     return Side(found.vectors, found.num_tokens)
 
 
@@ -200,7 +192,7 @@ async def _add_bridge(asked: Asked, way: Way, arrays: Arrays) -> int:
 
 def _check_banks(way: Way) -> None:
     for leg in way.legs:
-        if pair_name(leg.from_, leg.to) not in leg.model.body.get("banks", {}):
+        if not leg.model.has_bank(leg.from_, leg.to):
             raise Invalid(
                 f"the model keeps no bridge bank of {leg.from_} and {leg.to}: give the bridge items with `through`",
                 param="through",

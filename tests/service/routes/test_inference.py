@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import io
 import json
 import shutil
 from typing import TYPE_CHECKING, Any
 
+import httpx
 import numpy as np
 import openai
 import pytest
@@ -51,7 +53,6 @@ async def api(start: Any, served: Any, sqlite_template: Path, tmp_path: Path) ->
     path = shutil.copy(sqlite_template, tmp_path / "isthmus.db")
     folder, endpoint, models = served
     (tmp_path / "store").symlink_to(folder)
-    engine = sa.create_engine(f"sqlite:///{path}")
     async with start(f"sqlite:///{path}", max_items=100, max_tokens=2000) as running:
         row = {"id": "w", "lanes": ["serve"], "kinds": [], "host": "h", "boot": boot_id(), "pid": 1, "version": "0"}
         with running.service.database.engine.begin() as conn:
@@ -62,15 +63,8 @@ async def api(start: Any, served: Any, sqlite_template: Path, tmp_path: Path) ->
         for _ in range(100):
             if await running.service.gateway.ready():
                 break
-            await anyio_sleep(0.05)
+            await asyncio.sleep(0.02)
         yield running
-    engine.dispose()
-
-
-async def anyio_sleep(seconds: float) -> None:
-    import anyio
-
-    await anyio.sleep(seconds)
 
 
 def png(shade: int = 90, size: tuple[int, int] = (9, 8)) -> str:
@@ -119,7 +113,7 @@ async def test_items_of_every_form_become_unit_vectors(api: Any) -> None:
 async def test_openais_own_client_gets_both_encodings(api: Any) -> None:
     transport = api.client._transport
     async with openai.AsyncOpenAI(
-        base_url="http://localhost/v1", api_key="none", http_client=__import__("httpx").AsyncClient(transport=transport)
+        base_url="http://localhost/v1", api_key="none", http_client=httpx.AsyncClient(transport=transport)
     ) as client:
         packed = await client.embeddings.create(model="a", input=["one", "two"])
         plain = await client.embeddings.create(model="a", input=["one", "two"], encoding_format="float")
@@ -425,14 +419,21 @@ async def test_a_checkpoint_is_a_model_by_its_step(api: Any, served: Any) -> Non
     assert (await api.client.delete("/v1/models/job_t@40")).status_code == 422
 
 
+async def test_two_equal_models_are_read_each_from_its_own_files(api: Any, served: Any, publish_model: Any) -> None:
+    twin = publish_model(api.service.store, "models/model_t/1", seed=1)
+    assert twin.digest == served[2]["model_a"].digest
+    api.add_model("model_t", twin)
+    for name, ref in (("a", served[2]["model_a"]), ("model_t", twin)):
+        assert (await api.service.catalogue.find("default", name)).ref == ref
+
+
 async def test_inference_goes_on_while_the_database_is_away(api: Any, tmp_path: Path) -> None:
     before = await embed(api, ["x"])
     api.service.database.engine.dispose()
     (tmp_path / "isthmus.db").rename(tmp_path / "away.db")
     (tmp_path / "isthmus.db").mkdir()
-    for cache in (api.service.catalogue._names.values(),):
-        for entry in cache:
-            entry.at = -1e9
+    for entry in api.service.catalogue._names.values():
+        entry.at = -1e9
     api.service.keys._has_key_at = -1e9
     assert np.allclose(await embed(api, ["x"]), before)
     assert (await api.get("/v1/jobs")).status_code == 503

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import re
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -113,11 +114,19 @@ async def test_over_its_rate_a_key_waits(small: Any) -> None:
     assert (await small.get("/v1/jobs", headers=bearer(key_for(small)))).status_code == 200
 
 
+async def test_requests_that_come_together_share_their_keys_rate(small: Any) -> None:
+    headers = bearer(key_for(small, requests_per_minute=3))
+    answers = await asyncio.gather(*(small.get("/v1/limits", headers=headers) for _ in range(8)))
+    assert sorted(each.status_code for each in answers) == [200] * 3 + [429] * 5
+
+
 async def test_an_open_service_answers_this_machine_only(small: Any) -> None:
     for host in ("localhost:8000", "127.0.0.1", "[::1]:80"):
         assert (await small.get("/v1/jobs", headers={"host": host})).status_code == 200
-    assert (await small.get("/v1/jobs", headers={"host": "rebound.example"})).status_code == 403
-    assert (await small.get("/v1/jobs", headers={"origin": "https://evil.example"})).status_code == 403
+    for host in ("rebound.example", "127.0.0.1.example", "[", "a:b", ""):
+        assert (await small.get("/v1/jobs", headers={"host": host})).status_code == 403, host
+    for origin in ("https://evil.example", "null", "http://[", "http://localhost@evil.example"):
+        assert (await small.get("/v1/jobs", headers={"origin": origin})).status_code == 403, origin
     assert (await small.get("/v1/jobs", headers={"origin": "http://localhost:3000"})).status_code == 200
 
 
@@ -157,7 +166,7 @@ async def test_78_another_tenants_things_are_answered_like_unknown_ones(api: Any
         info = {"modalities": [], "dimensions": 1, "logit_scales": {}, "metrics": {}, "num_bytes": 1}
         conn.execute(sa.insert(model).values(id="model_b", **theirs, digest="d", info=info))
         conn.execute(sa.insert(embedding_set).values(id="emb_b", **theirs, info={}, job_id=job_id))
-    _, key_b = None, key_for(api, "other")
+    key_b = key_for(api, "other")
     mine = bearer(key_for(api, "default"))
     key_id = (await api.get("/v1/keys", headers=bearer(key_b))).json()["data"][0]["id"]
     known = {"job_id": job_id, "dataset_id": "ds_b", "name": "model_b", "set_id": "emb_b", "key_id": key_id}
