@@ -5,6 +5,7 @@ The folder holds the tars that `isthmus demo --only-data` wrote; the service has
 
 import base64
 import json
+import os
 import sys
 import tarfile
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 
 import httpx
 
-URL = "http://127.0.0.1:8000/v1"
+URL = os.environ.get("ISTHMUS_URL", "http://127.0.0.1:8000") + "/v1"
 DIGITS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 
 

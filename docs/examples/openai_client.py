@@ -1,8 +1,11 @@
 """Get embeddings with the official OpenAI client: `python docs/examples/openai_client.py` (pip install openai)."""
 
+import os
+
 import openai
 
-client = openai.OpenAI(base_url="http://127.0.0.1:8000/v1", api_key="none")  # a key of yours, where one is needed
+url = os.environ.get("ISTHMUS_URL", "http://127.0.0.1:8000")
+client = openai.OpenAI(base_url=url + "/v1", api_key="none")  # a key of yours, where one is needed
 texts = ["a handwritten seven", "someone says seven"]
 
 packed = client.embeddings.create(model="digits", input=texts)  # base64 on the wire, which the client asks for
