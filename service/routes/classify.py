@@ -11,8 +11,9 @@ sigmoid of its logit minus the log mean exp of all other labels' prompts, plus i
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 from fastapi import APIRouter, Response
@@ -25,6 +26,7 @@ from service.contract.operations import ClassifyRequest, ClassifyResponse
 from service.deps import Inferrer, Running, Service
 from service.edge.bodies import StrictRoute
 from service.edge.problems import documented
+from service.inference.answers import check_matches, respond
 from service.inference.inputs import Timings, encode, listed, places
 from service.inference.label_cache import LabelCache
 
@@ -33,12 +35,17 @@ router = APIRouter(tags=["inference"], prefix="/v1", route_class=StrictRoute)
 
 @dataclass(frozen=True)
 class Prompts:
-    """The prompts of all labels end to end; `owners[m]` is the label of prompt m."""
+    """The prompts of all labels end to end, `counts[c]` of them for label c."""
 
     labels: list[str]
     items: list[AnyItem]
     at: list[str]
-    owners: np.ndarray
+    counts: np.ndarray
+
+    @property
+    def starts(self) -> np.ndarray:
+        """Place of each label's first prompt."""
+        return np.cumsum(self.counts) - self.counts
 
 
 @router.post(
@@ -48,7 +55,7 @@ class Prompts:
     response_model=ClassifyResponse,
     responses=documented(NotFound, TooLarge, UnsupportedMedia),
 )
-async def create(service: Running, caller: Inferrer, body: ClassifyRequest, response: Response) -> ClassifyResponse:
+async def create(service: Running, caller: Inferrer, body: ClassifyRequest) -> Response:
     """Classify items by comparing them with prompts of each label, at the trained scale of their pair."""
     model = await service.catalogue.find(caller.tenant, body.model)
     items = listed(service, body.input, "input")
@@ -60,46 +67,54 @@ async def create(service: Running, caller: Inferrer, body: ClassifyRequest, resp
     log_prior = _log_prior(body, prompts.labels)
     if body.multi_label and len(prompts.labels) < 2:
         raise Invalid("a label is judged against the others: give two at least", param="labels")
+    top_k = min(body.top_k or len(prompts.labels), len(prompts.labels))
+    check_matches(len(items), top_k)
     timings = Timings()
     at = places("input", items, body.input)
     found = await encode(service, model, items, at, timings, hint=body.modality, truncate=body.truncate)
     z_prompts, modalities, num_tokens = await _encode_prompts(service, model, prompts, timings, truncate=body.truncate)
-    f = _scaled(model, found.vectors, found.modalities, z_prompts, modalities)
-    if body.ensemble == "score":
-        logits = _by_label(f, prompts)
-    else:
-        means, of = _mean_prompts(z_prompts, modalities, prompts)
-        logits = _scaled(model, found.vectors, found.modalities, means, of)
-    if body.multi_label:
-        scores = _alone(logits, f, prompts, log_prior if body.prior is not None else None)
-    else:
-        scores = _softmax(logits + log_prior)
-    timings.write(response)
-    top_k = min(body.top_k or len(prompts.labels), len(prompts.labels))
-    best = np.argsort(-scores, axis=1, kind="stable")[:, :top_k]
+
+    def entries() -> Iterator[dict[str, Any]]:
+        f = _scaled(model, found.vectors, found.modalities, z_prompts, modalities)
+        log_sums = np.logaddexp.reduceat(f, prompts.starts, axis=1)
+        if body.ensemble == "score":
+            logits = log_sums - np.log(prompts.counts)
+        else:
+            means, of = _mean_prompts(z_prompts, modalities, prompts)
+            logits = _scaled(model, found.vectors, found.modalities, means, of)
+        if body.multi_label:
+            scores = _alone(logits, log_sums, prompts, log_prior if body.prior is not None else None)
+        else:
+            scores = _softmax(logits + log_prior)
+        return _ranked(prompts.labels, scores, logits, top_k)
+
     num_read = found.num_tokens + num_tokens
-    return ClassifyResponse.model_validate(
-        {
-            "data": [
+    rest = {"model": body.model, "usage": {"prompt_tokens": num_read, "total_tokens": num_read}}
+    return await respond(service, entries, rest, timings, num_values=len(items) * (len(prompts.items) + 3 * top_k))
+
+
+def _ranked(
+    labels: list[str],
+    scores: Float64[np.ndarray, "item label"],
+    logits: Float64[np.ndarray, "item label"],
+    top_k: int,
+) -> Iterator[dict[str, Any]]:
+    best = np.argsort(-scores, axis=1, kind="stable")[:, :top_k]
+    for index, order in enumerate(best.tolist()):
+        yield {
+            "object": "classification",
+            "index": index,
+            "prediction": labels[order[0]],
+            "score": float(scores[index, order[0]]),
+            "predictions": [
                 {
-                    "index": index,
-                    "prediction": prompts.labels[order[0]],
-                    "score": float(scores[index, order[0]]),
-                    "predictions": [
-                        {
-                            "label": prompts.labels[label],
-                            "score": float(scores[index, label]),
-                            "logit": float(logits[index, label]),
-                        }
-                        for label in order
-                    ],
+                    "label": labels[label],
+                    "score": float(scores[index, label]),
+                    "logit": float(logits[index, label]),
                 }
-                for index, order in enumerate(best.tolist())
+                for label in order
             ],
-            "model": body.model,
-            "usage": {"prompt_tokens": num_read, "total_tokens": num_read},
         }
-    )
 
 
 def _prompts(body: ClassifyRequest) -> Prompts:
@@ -121,8 +136,8 @@ def _prompts(body: ClassifyRequest) -> Prompts:
             for name in names
         }
     at = [f"labels.{name[:64]}[{index}]" for name in names for index in range(len(by_label[name]))]
-    owners = np.repeat(np.arange(len(names)), [len(by_label[name]) for name in names])
-    return Prompts(names, [item for name in names for item in by_label[name]], at, owners)
+    counts = np.array([len(by_label[name]) for name in names])
+    return Prompts(names, [item for name in names for item in by_label[name]], at, counts)
 
 
 def _log_prior(body: ClassifyRequest, labels: list[str]) -> Float64[np.ndarray, " label"]:
@@ -177,24 +192,18 @@ def _scaled(
     return f
 
 
-def _by_label(f: Float64[np.ndarray, "item prompt"], prompts: Prompts) -> Float64[np.ndarray, "item label"]:
-    columns = [_log_mean_exp(f[:, prompts.owners == label]) for label in range(len(prompts.labels))]
-    return np.stack(columns, axis=1)
-
-
 def _mean_prompts(
     z_prompts: Float32[np.ndarray, "prompt dim"], modalities: list[str], prompts: Prompts
 ) -> tuple[Float32[np.ndarray, "label dim"], list[str]]:
     means: list[np.ndarray] = []
     of: list[str] = []
-    for label, name in enumerate(prompts.labels):
-        mine = prompts.owners == label
-        kinds = {modality for modality, own in zip(modalities, mine, strict=True) if own}
+    for name, start, count in zip(prompts.labels, prompts.starts, prompts.counts, strict=True):
+        kinds = set(modalities[start : start + count])
         if len(kinds) > 1:
             raise Invalid(
                 "prompts of several modalities have no mean: use the score ensemble", param=f"labels.{name[:64]}"
             )
-        mean = z_prompts[mine].mean(axis=0)
+        mean = z_prompts[start : start + count].mean(axis=0)
         means.append(mean / max(float(np.linalg.norm(mean)), 1e-12))
         of += kinds
     return np.stack(means).astype(np.float32), of
@@ -202,21 +211,19 @@ def _mean_prompts(
 
 def _alone(
     logits: Float64[np.ndarray, "item label"],
-    f: Float64[np.ndarray, "item prompt"],
+    log_sums: Float64[np.ndarray, "item label"],
     prompts: Prompts,
     log_prior: Float64[np.ndarray, " label"] | None,
 ) -> Float64[np.ndarray, "item label"]:
-    others = np.stack([_log_mean_exp(f[:, prompts.owners != label]) for label in range(len(prompts.labels))], axis=1)
-    odds = logits - others
+    # All other labels are those before and those after: taking one away from the whole sum would cancel digits.
+    nothing = np.full((len(log_sums), 1), -np.inf)
+    before = np.hstack([nothing, np.logaddexp.accumulate(log_sums, axis=1)[:, :-1]])
+    after = np.hstack([np.logaddexp.accumulate(log_sums[:, ::-1], axis=1)[:, -2::-1], nothing])
+    odds = logits - np.logaddexp(before, after) + np.log(prompts.counts.sum() - prompts.counts)
     if log_prior is not None:
         odds = odds + log_prior - np.log1p(-np.exp(np.minimum(log_prior, -1e-12)))
     with np.errstate(over="ignore"):
         return 1.0 / (1.0 + np.exp(-odds))
-
-
-def _log_mean_exp(values: Float64[np.ndarray, "item prompt"]) -> Float64[np.ndarray, " item"]:
-    top = values.max(axis=1, keepdims=True)
-    return top[:, 0] + np.log(np.exp(values - top).mean(axis=1))
 
 
 def _softmax(values: Float64[np.ndarray, "item label"]) -> Float64[np.ndarray, "item label"]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 from fastapi import APIRouter, Response
@@ -20,14 +21,12 @@ from service.contract.wire import Arrays, ComposeAnswer, ComposeCall
 from service.deps import Inferrer, Running, Service
 from service.edge.bodies import StrictRoute
 from service.edge.problems import documented
+from service.inference.answers import check_matches, respond
 from service.inference.inputs import Timings, encode, listed, places
 from service.inference.legs import Leg, Way, along, within
 from service.keys import Caller
 
 router = APIRouter(tags=["inference"], prefix="/v1", route_class=StrictRoute)
-
-MAX_ANSWER: Final = 1_000_000
-"""Matches in one answer: sources times top_k."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +54,7 @@ class Asked:
     response_model=ComposeResponse,
     responses=documented(NotFound, TooLarge, UnsupportedMedia),
 )
-async def create(service: Running, caller: Inferrer, body: ComposeRequest, response: Response) -> ComposeResponse:
+async def create(service: Running, caller: Inferrer, body: ComposeRequest) -> Response:
     """Answer, for each source item, which targets go with it, how likely, and how far to trust that.
 
     With one `model` the bridge is a modality that it was trained on with both; with `legs` every step is named.
@@ -71,8 +70,7 @@ async def create(service: Running, caller: Inferrer, body: ComposeRequest, respo
     left = await _side(asked, way.legs[0].model, source, from_, "source")
     right = await _side(asked, way.legs[-1].model, target, to, "target")
     top_k = min(body.top_k, len(right.vectors))
-    if top_k * len(left.vectors) > MAX_ANSWER:
-        raise Invalid(f"sources times top_k is at most {MAX_ANSWER:,}", param="top_k")
+    check_matches(len(left.vectors), top_k)
     arrays: Arrays = {"source": left.vectors, "target": right.vectors}
     log_prior = _log_prior(body, len(right.vectors))
     if body.prior is not None:
@@ -87,15 +85,15 @@ async def create(service: Running, caller: Inferrer, body: ComposeRequest, respo
     )
     document, found, spent = await service.gateway.compose(call, arrays)
     timings.add(spent.queue_ms, spent.inference_ms)
-    timings.write(response)
     num_tokens = left.num_tokens + right.num_tokens + num_bridge_tokens
     names = [body.model] if body.model is not None else [leg.model for leg in body.legs or []]
-    return ComposeResponse.model_validate(
-        {
-            "data": _rows(ComposeAnswer.model_validate(document), found, way, log_prior),
-            "models": list(dict.fromkeys(names)),
-            "usage": {"prompt_tokens": num_tokens, "total_tokens": num_tokens},
-        }
+    rest = {
+        "models": list(dict.fromkeys(names)),
+        "usage": {"prompt_tokens": num_tokens, "total_tokens": num_tokens},
+    }
+    answer = ComposeAnswer.model_validate(document)
+    return await respond(
+        service, lambda: _rows(answer, found, way, log_prior), rest, timings, num_values=5 * found["index"].size
     )
 
 
@@ -216,12 +214,14 @@ def _log_prior(body: ComposeRequest, num_targets: int) -> Float32[np.ndarray, " 
 
 def _rows(
     answer: ComposeAnswer, found: Arrays, way: Way, log_prior: Float32[np.ndarray, " target"]
-) -> list[dict[str, Any]]:
+) -> Iterator[dict[str, Any]]:
     index, ratio = found["index"], found["log_ratio"].astype(np.float64)
     # p(target | source, one of the targets) = prior * ratio / sum over all targets of prior * ratio
     posterior = np.exp(log_prior[index] + ratio - found["log_normaliser"].astype(np.float64)[:, None])
-    return [
-        {
+    sizes, agreements = answer.effective_sample_size, answer.direct_marginal_spearman
+    for row in range(len(index)):
+        yield {
+            "object": "composition",
             "index": row,
             "matches": [
                 {
@@ -238,20 +238,14 @@ def _rows(
                 "reason": way.reason,
                 "through": way.through,
                 "bridge_size": answer.bridge_size,
-                "effective_sample_size": None
-                if answer.effective_sample_size is None
-                else answer.effective_sample_size[row],
+                "effective_sample_size": None if sizes is None else sizes[row],
                 "bridge_resultant": answer.bridge_resultant,
-                "direct_marginal_spearman": None
-                if answer.direct_marginal_spearman is None
-                else answer.direct_marginal_spearman[row],
+                "direct_marginal_spearman": None if agreements is None else agreements[row],
                 "normalised": answer.normalised,
                 "value_trusted": answer.value_trusted,
                 "warnings": answer.warnings,
             },
         }
-        for row in range(len(index))
-    ]
 
 
 def _number(value: Any) -> float | None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import base64
-import json
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 from fastapi import APIRouter, Response
@@ -15,6 +16,7 @@ from service.contract.operations import EmbeddingsRequest, EmbeddingsResponse
 from service.deps import Inferrer, Running
 from service.edge.bodies import StrictRoute
 from service.edge.problems import documented
+from service.inference.answers import respond
 from service.inference.inputs import Timings, encode, listed, places
 
 router = APIRouter(tags=["inference"], prefix="/v1", route_class=StrictRoute)
@@ -43,20 +45,14 @@ async def create(service: Running, caller: Inferrer, body: EmbeddingsRequest) ->
     timings = Timings()
     found = await encode(service, model, items, at, timings, hint=body.modality, truncate=body.truncate)
     vectors = _cut(found.vectors, body.dimensions)
-    rows = vectors.tolist() if body.encoding_format == "float" else [_base64(vector) for vector in vectors]
-    # No model of pydantic's here: it would look at every number of every vector.
-    document = {
-        "object": "list",
-        "data": [
-            {"object": "embedding", "index": index, "embedding": row, "modality": modality}
-            for index, (row, modality) in enumerate(zip(rows, found.modalities, strict=True))
-        ],
-        "model": body.model,
-        "usage": {"prompt_tokens": found.num_tokens, "total_tokens": found.num_tokens},
-    }
-    response = Response(json.dumps(document, separators=(",", ":")), media_type="application/json")
-    timings.write(response)
-    return response
+
+    def entries() -> Iterator[dict[str, Any]]:
+        for index, (vector, modality) in enumerate(zip(vectors, found.modalities, strict=True)):
+            row = vector.tolist() if body.encoding_format == "float" else _base64(vector)
+            yield {"object": "embedding", "index": index, "embedding": row, "modality": modality}
+
+    usage = {"prompt_tokens": found.num_tokens, "total_tokens": found.num_tokens}
+    return await respond(service, entries, {"model": body.model, "usage": usage}, timings, num_values=vectors.size)
 
 
 def _cut(vectors: Float32[np.ndarray, "item dim"], dimensions: int | None) -> Float32[np.ndarray, "item dim"]:

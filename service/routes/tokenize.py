@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 from fastapi import APIRouter, Response
 
 from service.contract.errors import Invalid, NotFound, TooLarge, UnsupportedMedia
@@ -14,6 +13,7 @@ from service.contract.operations import TokenizeRequest, TokenizeResponse
 from service.deps import Inferrer, Running
 from service.edge.bodies import StrictRoute
 from service.edge.problems import documented
+from service.inference.answers import respond
 from service.inference.inputs import Timings, listed, places, tokenise
 
 router = APIRouter(tags=["inference"], prefix="/v1", route_class=StrictRoute)
@@ -36,23 +36,15 @@ async def create(service: Running, caller: Inferrer, body: TokenizeRequest) -> R
             raise Invalid("a vector has no tokens", param=f"{place}.embedding")
     timings = Timings()
     found = await tokenise(service, model, items, at, timings, hint=body.modality, truncate=body.truncate)
-    document = {
-        "object": "list",
-        "data": [
-            {
+
+    def entries() -> Iterator[dict[str, Any]]:
+        for index, tokens in enumerate(found):
+            yield {
                 "index": index,
                 "modality": tokens.modality,
-                "tokens": [_plain(sequence) for sequence in tokens.sequences],
+                "tokens": [sequence.tolist() for sequence in tokens.sequences],
                 "num_tokens": tokens.num_tokens,
             }
-            for index, tokens in enumerate(found)
-        ],
-        "model": body.model,
-    }
-    response = Response(json.dumps(document, separators=(",", ":")), media_type="application/json")
-    timings.write(response)
-    return response
 
-
-def _plain(sequence: np.ndarray) -> list[Any]:
-    return sequence.tolist()
+    num_values = sum(sequence.size for tokens in found for sequence in tokens.sequences)
+    return await respond(service, entries, {"model": body.model}, timings, num_values=num_values)

@@ -18,6 +18,7 @@ from PIL import Image
 
 from service.contract.artifacts import open_store
 from service.contract.host import boot_id
+from service.contract.operations import ClassifyResponse, ComposeResponse, EmbeddingsResponse, TokenizeResponse
 from service.contract.tables import checkpoint, embedding_set, job, worker
 
 if TYPE_CHECKING:
@@ -76,6 +77,7 @@ def png(shade: int = 90, size: tuple[int, int] = (9, 8)) -> str:
 async def embed(api: Any, items: Any, **more: Any) -> np.ndarray:
     response = await api.post("/v1/embeddings", json={"model": "a", "input": items} | more)
     assert response.status_code == 200, response.text
+    EmbeddingsResponse.model_validate_json(response.content)
     return np.array([entry["embedding"] for entry in response.json()["data"]])
 
 
@@ -174,6 +176,7 @@ async def test_long_text_is_cut_when_asked(api: Any) -> None:
 async def test_tokens_can_be_sent_back(api: Any) -> None:
     items = ["a caption", {"image": png()}, {"modality": "state", "tokens": [[0.5, 1, 2.0]]}]
     response = await api.post("/v1/tokenize", json={"model": "model_a", "input": items})
+    TokenizeResponse.model_validate_json(response.content)
     data = response.json()["data"]
     assert [entry["num_tokens"] for entry in data] == [11, 4, 1]
     back = [{"modality": entry["modality"], "tokens": entry["tokens"][0]} for entry in data]
@@ -183,6 +186,7 @@ async def test_tokens_can_be_sent_back(api: Any) -> None:
 async def classify(api: Any, **body: Any) -> list[dict[str, Any]]:
     response = await api.post("/v1/classify", json={"model": "a", **body})
     assert response.status_code == 200, response.text
+    ClassifyResponse.model_validate_json(response.content)
     return response.json()["data"]
 
 
@@ -248,6 +252,7 @@ async def test_labels_that_make_no_question_are_refused(api: Any, body: dict[str
 async def compose(api: Any, **body: Any) -> Any:
     response = await api.post("/v1/compose", json={"top_k": 3, **body})
     assert response.status_code == 200, response.text
+    ComposeResponse.model_validate_json(response.content)
     return response.json()["data"]
 
 
