@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from itertools import combinations
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final, final
 
 import torch
 
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
     Side = tuple[Float[Tensor, "item dim"], Int64[Tensor, " item"]]
     """Vectors, and the class that decides what is relevant."""
+
+SCORES_AT_ONCE: Final = 1 << 22  # of a leg: about ten arrays of this size in float64 are in memory
 
 
 def within(loaded: Loaded, evaluated: list[Evaluated], ks: list[int], check: Callable[[], None]) -> Iterator[Retrieval]:
@@ -99,9 +101,8 @@ def _measure(
     if entry.trained:
         return
     for through, bridge in _bridges(loaded, source, target):
-        f_source = loaded.model.scale(source, through).cpu() * z_source @ bridge.T
-        f_target = loaded.model.scale(through, target).cpu() * bridge @ z_target.T
-        summed = _Summed(f_source, f_target, check)
+        scales = float(loaded.model.scale(source, through)), float(loaded.model.scale(through, target))
+        summed = Summed(scales, bridge, z_source, z_target, check)
         recall, precision = retrieval.at_ks(summed, source_classes, target_classes, ks)
         yield entry.model_copy(
             update={
@@ -110,31 +111,57 @@ def _measure(
                 "bridge_size": len(bridge),
                 "recall": recall,
                 "precision": precision,
-                "effective_sample_size": float(torch.cat(summed.sample_sizes).median()),
-                "trusted_fraction": float(torch.cat(summed.trusted).double().mean()),
+                "effective_sample_size": summed.effective_sample_size,
+                "trusted_fraction": summed.trusted_fraction,
             }
         )
 
 
-class _Summed:
-    """Scores queries over a bridge, and keeps the diagnostics of every block."""
+@final
+class Summed:
+    """Scores queries over a bridge with the trained scale of each leg, and keeps the diagnostics of every query.
+
+    Works on squares of at most `SCORES_AT_ONCE` scores, so memory does not grow with the number of queries and targets
+    beyond the answer itself.
+    """
 
     def __init__(
         self,
-        f_source: Float[Tensor, "source bridge"],
-        f_target: Float[Tensor, "bridge target"],
+        scales: tuple[float, float],
+        bridge: Float[Tensor, "bridge dim"],
+        z_source: Float[Tensor, "source dim"],
+        z_target: Float[Tensor, "target dim"],
         check: Callable[[], None],
     ) -> None:
-        self._f_source, self._f_target, self._check = f_source, f_target, check
-        self.sample_sizes: list[Float[Tensor, " query"]] = []
-        self.trusted: list[Float[Tensor, " query"]] = []
+        self._scales, self._bridge, self._check = scales, bridge, check
+        self._z_source, self._z_target = z_source, z_target
+        self._sample_sizes: list[Float[Tensor, " query"]] = []
 
     def __call__(self, block: slice) -> Float[Tensor, "query target"]:
-        self._check()
-        answer = estimators.marginal(self._f_source[block], self._f_target, normalise=True)
-        self.sample_sizes.append(answer.effective_sample_size.median(1).values)
-        self.trusted.append(answer.trusted)
-        return answer.log_ratio
+        """Return log-ratios, and note the median effective sample size of each query."""
+        width = max(1, SCORES_AT_ONCE // len(self._bridge))
+        rows: list[Tensor] = []
+        for z_source in self._z_source[block].split(width):
+            f_source = self._scales[0] * z_source @ self._bridge.T
+            found: list[estimators.Marginal] = []
+            for z_target in self._z_target.split(width):
+                self._check()
+                f_target = self._scales[1] * self._bridge @ z_target.T
+                found.append(estimators.marginal(f_source, f_target, normalise=True))
+            sizes = torch.cat([each.effective_sample_size for each in found], 1)
+            self._sample_sizes.append(sizes.median(1).values)
+            rows.append(torch.cat([each.log_ratio for each in found], 1))
+        return torch.cat(rows)
+
+    @property
+    def effective_sample_size(self) -> float:
+        """The median over the targets, then over the queries."""
+        return float(torch.cat(self._sample_sizes).median())
+
+    @property
+    def trusted_fraction(self) -> float:
+        """The share of the queries whose values can be used and not only their order."""
+        return float((torch.cat(self._sample_sizes) >= estimators.TRUSTED_SAMPLE_SIZE).double().mean())
 
 
 def _bridges(loaded: Loaded, source: str, target: str) -> Iterator[tuple[str, Float[Tensor, "bridge dim"]]]:

@@ -93,7 +93,7 @@ class Report(Word):
     definitions: dict[str, str] = DEFINITIONS
 
     def summary(self) -> dict[str, float]:
-        """Return the main figures by name, means over the data sets where there are several."""
+        """Return the main figures by name, means where there are several data sets or bridges."""
         figures: dict[str, list[float]] = {}
         for entry in self.retrieval:
             for metric, by_k in (("recall", entry.recall), ("precision", entry.precision)):
