@@ -3,7 +3,7 @@
 Where a run starts:
 1. At the newest checkpoint of this job that is whole and matches its digests (an earlier attempt was interrupted, or
    its worker died), with that checkpoint's tokenisers.
-2. At the next older one, if that is damaged or gone.
+2. At the next older one, if that is damaged or gone; then at one that the store holds and the queue never heard of.
 3. From scratch: tokenisers trained on the captions, weights drawn from the seed, vectors measured.
 All three lead to the same weights, bit for bit on the CPU.
 """

@@ -53,8 +53,13 @@ def environment(device: torch.device) -> dict[str, str | int]:
 
 
 def find(ctx: Context) -> Path | None:
-    """Return the folder of the newest checkpoint that is whole and matches its digests, None if there is none."""
-    for key in ctx.resume:
+    """Return the folder of the newest checkpoint that is whole and matches its digests, None if there is none.
+
+    Those that the queue knows come first. One that was published while the database was away, by a worker that died
+    before it came back, is only in the store; the ones that the queue knows may have been removed for it.
+    """
+    unrecorded = set(ctx.store.list(f"checkpoints/{ctx.job}")) - set(ctx.resume)
+    for key in (*ctx.resume, *sorted(unrecorded, key=_step_of, reverse=True)):
         try:
             ctx.store.verify(key)
             return ctx.store.local(key)
@@ -132,6 +137,12 @@ def restore(folder: Path, model: MultiTower, optimiser: torch.optim.Optimizer, d
     if device.type == "cuda" and "cuda" in generators:
         torch.cuda.set_rng_state(generators["cuda"], device)
     return Position.model_validate(json.loads((folder / "state" / "position.json").read_text(encoding="utf-8")))
+
+
+def _step_of(key: str) -> tuple[int, int]:
+    """Return the step and the epoch in a checkpoint's key."""
+    step, _, epoch = key.rpartition("/")[2].partition("-")
+    return int(step), int(epoch)
 
 
 def _optimiser_state(model: MultiTower, optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -90,6 +91,28 @@ def test_a_run_killed_at_any_step_and_resumed_has_the_same_weights_bit_for_bit(
     assert {"type": "resumed", "detail": detail} in bench.said("job_r", "event", epoch=2)
     banks = [load_model(bench.store.local(result.artifact), "cpu").banks for result in (whole, resumed)]
     assert torch.equal(banks[0]["imu+text"].vectors["imu"], banks[1]["imu+text"].vectors["imu"])
+
+
+@pytest.mark.parametrize("step", [1, 7])
+def test_resuming_keeps_the_schedule_of_the_pairs_and_the_learned_vocabulary(
+    step: int, small: Recipe, bench: Any
+) -> None:
+    document = small.model_dump(mode="json")
+    document["pairs"][0]["weight"] = 2.5
+    document["towers"]["text"]["tokens"] |= {"method": "bpe", "vocab": 280}
+    uneven = Recipe.model_validate(document)
+    whole = train.run(TrainArgs(recipe=uneven), bench.context("job_p"))
+    again = train.run(TrainArgs(recipe=uneven), bench.context("job_q"))
+    resumed = train.run(
+        TrainArgs(recipe=uneven), bench.context("job_p", epoch=2, resume=[f"checkpoints/job_p/{step}-1"])
+    )
+    vocabularies = [bench.store.read(one.artifact, "tokenizers/text.json") for one in (whole, again, resumed)]
+    assert vocabularies[0] == vocabularies[1] == vocabularies[2]
+    assert json.loads(vocabularies[0])["model"]["merges"]
+    first, *others = (weights(bench, one) for one in (whole, again, resumed))
+    assert all(torch.equal(first[name], other[name]) for other in others for name in first)
+    position = bench.store.read("checkpoints/job_p/11-2", "state/position.json")
+    assert json.loads(position)["drawn"] == [8, 3]
 
 
 def test_interrupted_again_and_again_it_still_ends_with_the_same_weights(

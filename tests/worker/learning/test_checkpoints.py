@@ -87,6 +87,14 @@ def test_damaged_and_missing_ones_are_passed_over(bench: Any, recipe: MakeRecipe
     assert skipped == [keys[2], keys[1]]
 
 
+def test_one_that_was_published_and_never_recorded_is_found(bench: Any, recipe: MakeRecipe) -> None:
+    """The database was away, the run went on and removed what the queue knew, and its worker died."""
+    run = Run(bench, recipe(), keep=2, resume=[])
+    keys = [run.save(step) for step in (1, 2, 9, 10)]
+    again = Run(bench, recipe(), epoch=2, resume=keys[:2][::-1])
+    assert checkpoints.find(again.context) == bench.store.local(keys[3])
+
+
 def test_without_a_checkpoint_there_is_nothing_to_find(bench: Any, recipe: MakeRecipe) -> None:
     assert checkpoints.find(Run(bench, recipe(), resume=[]).context) is None
 
