@@ -41,10 +41,14 @@ class Child:
                 start_new_session=True,
                 env=environment,
             )
+        except OSError:
+            os.close(self._channel)
+            raise
         finally:
             os.close(write_end)
         self._buffer = bytearray()
         self._ended = False
+        self._is_group_gone = False
 
     @property
     def pid(self) -> int:
@@ -120,6 +124,10 @@ class Child:
         os.close(self._channel)
 
     def _kill_group(self) -> None:
+        # Once: when the process was waited for and its group is dead, the number may be somebody else's.
+        if self._is_group_gone:
+            return
+        self._is_group_gone = self._process.returncode is not None
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, signal.SIGKILL)
 

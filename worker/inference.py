@@ -84,9 +84,15 @@ class Inference:
             environment[_TOKEN] = settings.worker_token.get_secret_value()
             command += ["--token-env", _TOKEN]
         self._began = time.monotonic()
-        self._process = subprocess.Popen(  # noqa: S603
-            command, stdin=subprocess.PIPE, stdout=sys.stderr.fileno(), start_new_session=True, env=environment
-        )
+        try:
+            self._process = subprocess.Popen(  # noqa: S603
+                command, stdin=subprocess.PIPE, stdout=sys.stderr.fileno(), start_new_session=True, env=environment
+            )
+        except OSError as error:
+            self._start_at = self._began + _MAX_PAUSE_S
+            fields = {"error": str(error), "again_in_s": _MAX_PAUSE_S}
+            _log.error("the inference process cannot be started", extra={"fields": fields})
+            return
         _log.info("inference started", extra={"fields": {"pid": self._process.pid, "endpoint": self.endpoint}})
         for name, value in self._controls.items():
             self._send({name: value})

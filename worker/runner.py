@@ -190,7 +190,11 @@ def _load_torch(num_threads: int | None = None) -> None:
 
 def _obey(context: Context) -> None:
     for line in sys.stdin.buffer:
-        match json.loads(line):
+        try:
+            message = json.loads(line)
+        except ValueError:
+            message = line  # cut off: the supervisor was killed as it wrote
+        match message:
             case {"cancel": True}:
                 context.ask("cancel")
             case {"interrupt": True}:

@@ -1,13 +1,14 @@
 from __future__ import annotations
 
 import socket
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from service.contract.settings import Settings
-from worker.inference import endpoints
+from worker.inference import Inference, endpoints
 
 
 def _settings(folder: Path, **changes: Any) -> Settings:
@@ -47,3 +48,15 @@ def test_an_address_of_all_interfaces_is_advertised_by_the_hosts_name(tmp_path: 
 def test_nonsense_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="host:port"):
         endpoints(_settings(tmp_path, worker_listen="nonsense"))
+
+
+def test_a_process_that_cannot_be_started_is_tried_again_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Out of memory or processes for a moment: the jobs of this worker go on."""
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "nothing"))
+    inference = Inference(_settings(tmp_path), environment={}, num_threads=1)
+    inference.keep()
+    inference.keep()
+    assert [record.message for record in caplog.records] == ["the inference process cannot be started"]
+    inference.stop(0)

@@ -118,6 +118,42 @@ def test_a_runner_ends_when_its_supervisor_is_killed(tmp_path: Path) -> None:
         time.sleep(0.01)
 
 
+def test_a_runner_ends_though_the_last_line_of_its_supervisor_was_cut_off(tmp_path: Path) -> None:
+    key = "uploads/up_00000000000000000000000000/data.jsonl"
+    source = tmp_path / "store" / key
+    source.parent.mkdir(parents=True)
+    os.mkfifo(source)
+    with _child() as child:
+        child.send(_task(tmp_path, args=IngestArgs(dataset="ds_x", source=f"store:{key}")).model_dump(mode="json"))
+        pipe = os.open(source, os.O_WRONLY)  # once the job reads, which it does for ever
+        stdin = child._process.stdin
+        assert stdin is not None
+        stdin.write(b'{"can')
+        stdin.close()
+        assert child._process.wait(30) == 1
+        os.close(pipe)
+
+
+def test_a_runner_that_cannot_be_started_leaves_no_pipe_behind(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "nothing"))
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    for _ in range(3):
+        with pytest.raises(FileNotFoundError):
+            Child(preload=False, environment={})
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
+
+
+def test_the_group_of_a_runner_that_was_waited_for_is_not_killed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its number may be that of another process by then."""
+    with _child() as child:
+        child.kill()
+        while child.exit_status() is None:
+            time.sleep(0.01)
+        killed: list[int] = []
+        monkeypatch.setattr(os, "killpg", lambda group, _signal: killed.append(group))
+    assert killed == []
+
+
 def test_the_group_of_a_runner_dies_with_it() -> None:
     with _child() as child:
         assert os.getpgid(child.pid) == child.pid
