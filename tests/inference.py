@@ -36,7 +36,15 @@ def publish_model() -> Callable[..., ModelRef]:
     return _publish_model
 
 
-def _publish_model(store: Store, key: str, *, seed: int = 0, keep: str = "items", width: int = 16) -> ModelRef:
+def _publish_model(
+    store: Store,
+    key: str,
+    *,
+    seed: int = 0,
+    keep: str = "items",
+    width: int = 16,
+    log_scales: dict[str, float] | None = None,
+) -> ModelRef:
     import numpy as np
     import torch
 
@@ -68,8 +76,8 @@ def _publish_model(store: Store, key: str, *, seed: int = 0, keep: str = "items"
     tokenisers = build_tokenisers(recipe, files)
     torch.manual_seed(seed)
     model = MultiTower(recipe, vocab_sizes(recipe, tokenisers)).eval()
-    for log_scale in model.log_scales.values():
-        log_scale.data.fill_(1.5)
+    for name, log_scale in model.log_scales.items():
+        log_scale.data.fill_((log_scales or {}).get(name, 1.5))
     rng = np.random.default_rng(seed)
     banks: dict[str, Bank] = {}
     for name in model.log_scales:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 BLOCK_SCORES: Final = 1 << 24  # bridge by target scores that are held at once
 PRODUCTS_PER_TOKEN: Final = 1 << 16  # puts a step of composition and a step of embedding on one scale
-TARGETS_PER_TOKEN: Final = 1 << 9  # bounds the memory of a step: (source, target) float64, a few times
+SCORES_PER_TOKEN: Final = 1 << 9  # bounds the memory of a step: (source, target + bridge) float64, a few times
 LOG_PRIOR_FLOOR: Final = -1e4  # a prior of zero ranks last, and stays a number in JSON
 CONCENTRATED: Final = 0.3
 
@@ -40,11 +40,6 @@ class Compared:
 
     bridge: Tensor | None  # of the modality between them, for the diagnostics
 
-    @property
-    def cost(self) -> int:
-        """Products for one source and target, beside those of the vectors."""
-        return 0
-
 
 @final
 @dataclass(frozen=True)
@@ -53,11 +48,6 @@ class Trained:
 
     scale: float
     bank: Tensor | None  # (bridge, dim), vectors of the target's modality
-
-    @property
-    def cost(self) -> int:
-        """Products for one source and target, beside those of the vectors."""
-        return 0
 
 
 @final
@@ -68,11 +58,6 @@ class Summed:
     scales: tuple[float, float]
     bridges: tuple[Tensor, Tensor]  # (bridge, d1), (bridge, d2)
     comparable: bool  # source and target lie in one space, so that direct means something too
-
-    @property
-    def cost(self) -> int:
-        """Products for one source and target, beside those of the vectors."""
-        return len(self.bridges[0])
 
 
 Way = Compared | Trained | Summed
@@ -123,9 +108,21 @@ class Composer:
         self._f_target: Tensor | None = None
 
     def entries(self) -> list[Entry]:
-        """Return the sources as the batcher's items, each with what it costs."""
+        """Return the sources as the batcher's items, each with what it costs in arithmetic and in memory."""
         num, dim = self._target.shape
-        length = max(1, num * (self.way.cost + dim) // PRODUCTS_PER_TOKEN, num // TARGETS_PER_TOKEN)
+        num_scores, num_products = num, num * dim
+        match self.way:
+            case Compared():
+                pass
+            case Trained(bank=bank):
+                num_bridge = 0 if bank is None else len(bank)
+                num_scores, num_products = num + num_bridge, num_products + num_bridge * dim
+            case Summed(bridges=bridges):
+                num_bridge = len(bridges[0])
+                num_scores, num_products = num + num_bridge, num_products + num_bridge * (dim + num)
+            case _:
+                assert_never(self.way)
+        length = max(1, num_products // PRODUCTS_PER_TOKEN, num_scores // SCORES_PER_TOKEN)
         return [Entry(at, length) for at in range(len(self._source))]
 
     @torch.inference_mode()

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, Final, cast, final
 
 import numpy as np
 import torch
-from torch.nn import functional
 
 from service.contract.errors import Invalid, Malformed, Unavailable
 from service.contract.modality import AudioTokens, ContinuousTokens, DiscreteTokens, ImageTokens, TextTokens
@@ -121,8 +120,7 @@ def encode(loaded: Loaded, modality: str, device: torch.device, batch: Ragged) -
     """
     try:
         with precision_of(loaded.recipe.precision, device):
-            z = loaded.model.encode(modality, batch.to(device))
-        return functional.normalize(z.float(), dim=-1)
+            return loaded.model.encode(modality, batch.to(device))
     except torch.OutOfMemoryError as error:
         torch.cuda.empty_cache()
         raise Unavailable("the device has not the memory for this", code="out_of_memory") from error

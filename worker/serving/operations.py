@@ -86,8 +86,12 @@ async def _compose(parts: Parts, call: ComposeCall, arrays: Arrays, deadline: fl
     source = _vectors(arrays, "source", legs[0][1].recipe.dimensions)
     target = _vectors(arrays, "target", legs[-1][1].recipe.dimensions)
     log_prior = _log_prior(arrays, len(target)) if call.log_prior else None
+    way = await _way(parts, call, legs, arrays)
+    if log_prior is not None and isinstance(way, Compared):
+        message = "a prior weighs ratios, and comparing the vectors of an untrained pair gives none"
+        raise Invalid(f"{message}: use the method marginal", param="prior", code="untrained_pair")
     composer = Composer(
-        await _way(parts, call, legs, arrays),
+        way,
         source,
         target,
         log_prior=log_prior,

@@ -19,6 +19,7 @@ from service.contract.wire import Arrays, ComposeAnswer, ModelRef, call_adapter
 from worker.learning.model import Loaded, load_model
 from worker.serving.batcher import Batcher
 from worker.serving.bridge import Bridges
+from worker.serving.compose import Composer, Summed, Trained
 from worker.serving.operations import Answer, Parts, answer
 from worker.serving.residency import Residency
 
@@ -290,3 +291,48 @@ def test_same_weights_under_two_names_can_be_compared(
     refs["twin"] = publish_model(models, "models/twin/1", seed=1)
     found = ask(IMAGE_TEXT, ("twin", "text", "state"), method="direct", arrays=GOOD)
     assert found.arrays["score"][0, 0] == pytest.approx(1, abs=1e-5)
+
+
+@pytest.mark.parametrize("keep", ["items", "vectors"])
+def test_each_leg_has_its_own_scale_and_the_posterior_is_the_softmax_over_the_targets(
+    ask: Any, models: Store, refs: dict[str, ModelRef], publish_model: Any, folder: Path, keep: str
+) -> None:
+    """With the scales exchanged or left out nothing here would hold. For legs of one model the vectors suffice."""
+    name = f"uneven-{keep}"
+    scales = {"image+text": math.log(9.0), "state+text": math.log(2.0)}
+    refs[name] = publish_model(models, f"models/{name}/1", seed=5, keep=keep, log_scales=scales)
+    rng = np.random.default_rng(10)
+    source, target = unit(rng, 4), unit(rng, 6)
+    prior = rng.random(6)
+    log_prior = np.log(prior / prior.sum())
+    found = ask(
+        (name, "image", "text"),
+        (name, "text", "state"),
+        method="marginal",
+        arrays={"source": source, "target": target, "log_prior": log_prior.astype(np.float32)},
+    )
+    bank = bank_of(load_model(folder / "store" / refs[name].artifact, "cpu"), "text", "image+text", "state+text")
+    f, g = 9.0 * source.astype(float) @ bank.T.astype(float), 2.0 * bank.astype(float) @ target.T.astype(float)
+    ratio = log_mean_exp(f[:, :, None] + g[None], axis=1)[:, 0] - log_mean_exp(f, axis=1) - log_mean_exp(g, axis=0)
+    np.testing.assert_allclose(by_target(found, "log_ratio"), ratio, atol=1e-5)
+    weights = np.exp(log_prior + ratio)
+    posterior = np.exp(by_target(found, "log_ratio") + log_prior - found.arrays["log_normaliser"][:, None])
+    np.testing.assert_allclose(posterior, weights / weights.sum(1, keepdims=True), atol=1e-5)
+
+
+def test_a_prior_needs_a_ratio_to_weigh(ask: Any) -> None:
+    log_prior = np.log(np.array([1.0], np.float32))
+    for legs in ([("one", "image", "state")], [IMAGE_TEXT, TEXT_STATE]):
+        with pytest.raises(Invalid, match="a prior weighs ratios") as caught:
+            ask(*legs, method="direct", arrays=GOOD | {"log_prior": log_prior})
+        assert caught.value.param == "prior"
+
+
+def test_a_step_over_a_large_bridge_has_few_sources() -> None:
+    """The scores of a step's sources against the bridge lie in memory at once, however few the targets are."""
+    rng = np.random.default_rng(11)
+    source, target, bridge = unit(rng, 3), unit(rng, 1), torch.zeros(1 << 20, 8)
+    for way in (Summed((1.0, 1.0), (bridge, bridge), comparable=True), Trained(1.0, bridge)):
+        entries = Composer(way, source, target, log_prior=None, top_k=1, device=CPU).entries()
+        per_step = 16_384 // entries[0].length
+        assert per_step * len(bridge) <= 1 << 23
