@@ -6,7 +6,7 @@ continuous vector, and a tokeniser turns one item into one or more sequences of 
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Final, Literal
 
 from pydantic import Field, StrictBool, StrictInt, model_validator
 
@@ -14,6 +14,7 @@ from service.contract.word import Real, Word
 
 Medium = Literal["image", "text", "audio", "discrete", "continuous"]
 Seconds = Annotated[Real, Field(gt=0, le=600)]
+MAX_AUDIO_LENGTH: Final = 8192  # tokens in a window, as in a sequence of any other medium
 
 
 class ImageTokens(Word):
@@ -82,6 +83,13 @@ class AudioTokens(Word):
             description="1: the centre of the clip; n: n windows spread over it, mean of their unit vectors",
         ),
     ] = 1
+
+    @model_validator(mode="after")
+    def _window_is_a_sequence(self) -> AudioTokens:
+        if self.max_length > MAX_AUDIO_LENGTH:
+            msg = f"a window of {self.max_length} tokens is longer than {MAX_AUDIO_LENGTH}: raise frames or hop_ms"
+            raise ValueError(msg)
+        return self
 
     @property
     def dim(self) -> int:

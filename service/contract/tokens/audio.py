@@ -26,6 +26,7 @@ from service.contract.modality import AudioTokens
 
 RANGE: Final = 1e-8  # 80 dB: what counts as silence, below the loudest level and below full scale
 SILENCE: Final = -1.0
+BINS_AT_ONCE: Final = 1 << 20  # of the spectra in memory
 TOLERANCE: Final = 1e-3  # tokens that went through decimal digits
 
 
@@ -100,8 +101,11 @@ def log_mel(window: Float32[np.ndarray, " sample"], config: AudioTokens) -> Floa
         body /= max(1.0, float(np.abs(body).max()))
     first = margin + analysis.hop // 2 - analysis.frame // 2
     frames = np.lib.stride_tricks.sliding_window_view(padded, analysis.frame)[first :: analysis.hop][:num_frames]
-    spectrum = np.fft.rfft(frames * analysis.hann, analysis.fft)[:, :-1]
-    power = analysis.bands(spectrum.real**2 + spectrum.imag**2)
+    power = np.empty((num_frames, config.mels), np.float32)
+    at_once = max(1, BINS_AT_ONCE // analysis.fft)
+    for start in range(0, num_frames, at_once):
+        spectrum = np.fft.rfft(frames[start : start + at_once] * analysis.hann, analysis.fft)[:, :-1]
+        power[start : start + at_once] = analysis.bands(spectrum.real**2 + spectrum.imag**2)
     loudest = max(float(power.max()), RANGE)
     # Divided first, since the product of the two small numbers lies where float32 gets coarse; cut last, since the
     # logarithm of 10^-8 is not quite -8.

@@ -2,15 +2,18 @@ from __future__ import annotations
 
 import io
 import time
+import tracemalloc
 
 import numpy as np
 import pytest
 import soundfile
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from service.contract.errors import Invalid
 from service.contract.modality import AudioTokens
+from service.contract.tokens import audio
 from service.contract.tokens.audio import SILENCE, hz_to_mel, log_mel, mel_to_hz
 from service.contract.tokens.tokenise import EncodedRaw, PixelsRaw, ReadyRaw, TextRaw, WaveRaw, build
 
@@ -243,3 +246,24 @@ def test_tokens_made_before_are_checked(values: np.ndarray) -> None:
 def test_what_is_no_sound_is_refused(raw: TextRaw | PixelsRaw | WaveRaw) -> None:
     with pytest.raises(Invalid):
         build(AudioTokens(), {})(raw)
+
+
+def test_frames_are_analysed_a_few_at_a_time_and_come_out_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Long frames close together: all spectra of ten seconds would take 300 MB."""
+    config = AudioTokens(sample_rate=48_000, window_s=10, frame_ms=100, hop_ms=2, frames=4, mels=32)
+    wave = chirp(10, 48_000)
+    tracemalloc.start()
+    try:
+        levels = log_mel(wave, config)
+        _, peak_bytes = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak_bytes < 64 << 20
+    monkeypatch.setattr(audio, "BINS_AT_ONCE", 1 << 30)
+    np.testing.assert_array_equal(levels, log_mel(wave, config))
+
+
+def test_a_window_is_no_longer_than_any_other_sequence() -> None:
+    with pytest.raises(ValidationError, match="60000 tokens is longer than 8192"):
+        AudioTokens(window_s=600, frames=1)
+    assert AudioTokens(window_s=600, frames=8).max_length == 7500
