@@ -6,9 +6,9 @@ the list, append-only. A job carries ids, never documents.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Final, Literal, assert_never
 
-from pydantic import Field, StrictBool, StrictInt, TypeAdapter
+from pydantic import Field, StrictBool, StrictInt, TypeAdapter, field_validator
 from typing_extensions import TypedDict
 
 from service.contract.recipe import Recipe
@@ -97,6 +97,17 @@ class EvaluateArgs(Word):
     ] = None
     max_samples: Annotated[StrictInt, Field(ge=2, le=100_000, description="per data set, drawn with the seed")] = 2000
     seed: Annotated[StrictInt, Field(ge=0, le=2**31)] = 0
+
+    @field_validator("prompts")
+    @classmethod
+    def _every_label_has_a_prompt(cls, prompts: dict[str, list[str]] | None) -> dict[str, list[str]] | None:
+        if prompts is not None and len(prompts) < 2:
+            msg = "there is nothing to tell apart with fewer than two labels"
+            raise ValueError(msg)
+        if empty := [label for label, texts in (prompts or {}).items() if not texts]:
+            msg = f"label {empty[0]!r} has no prompt"
+            raise ValueError(msg)
+        return prompts
 
 
 JobArgs = Annotated[IngestArgs | TrainArgs | EmbedArgs | EvaluateArgs, Field(discriminator="kind")]
@@ -212,6 +223,5 @@ def inputs_of(args: IngestArgs | TrainArgs | EmbedArgs | EvaluateArgs) -> list[s
             return [args.model, args.dataset]
         case EvaluateArgs():
             return [args.model, *dict.fromkeys(args.datasets)]
-
-
-JsonObject = dict[str, Any]
+        case _:
+            assert_never(args)

@@ -111,7 +111,6 @@ def _training_prompts(source: TokenSource, seed: int, encoder: Encoder) -> tuple
     return {label: encoder(source, np.array(indices)) for label, indices in sorted(chosen.items())}, counts
 
 
-@torch.inference_mode()
 def _given_prompts(prompts: dict[str, list[str]], loaded: Loaded, modality: str, encoder: Encoder) -> Prompts:
     vectors: Prompts = {}
     for label, texts in prompts.items():
@@ -119,6 +118,5 @@ def _given_prompts(prompts: dict[str, list[str]], loaded: Loaded, modality: str,
             items = [loaded.tokenisers[modality](TextRaw(text)) for text in texts]
         except IsthmusError as error:
             raise Permanent(f"prompts of {label!r}: {error.message}") from error
-        batch = Ragged.from_sequences(items).to(encoder.device)
-        vectors[label] = loaded.model.encode(modality, batch).cpu()
+        vectors[label] = encoder.encode(modality, Ragged.from_sequences(items))
     return vectors

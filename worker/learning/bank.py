@@ -20,9 +20,6 @@ from worker.learning.ragged import Ragged
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from jaxtyping import Float, Int64
-    from torch import Tensor
-
 BANK_STREAM: Final = 0xBA2C  # keeps these draws apart from the order of the batches
 
 
@@ -41,25 +38,17 @@ def draw_banks(encoder: Encoder, recipe: Recipe, pairs: Sequence[PairData]) -> d
         bank = Bank(vectors={})
         for modality in name.split("+"):
             parts = [
-                _draw(encoder, pair, modality, indices)
+                (pair.sources[pair.modalities.index(modality)], *np.unique(indices, return_inverse=True))
                 for pair, indices in zip(members, chosen, strict=True)
                 if len(indices)
-            ]
-            bank.vectors[modality] = torch.cat([vectors for vectors, _ in parts])
+            ]  # each sample is encoded once, however often it was drawn
+            bank.vectors[modality] = torch.cat(
+                [encoder(source, distinct)[torch.from_numpy(back)] for source, distinct, back in parts]
+            )
             if config.keep == "items":
-                bank.items[modality] = join([items for _, items in parts])
+                bank.items[modality] = join([source(distinct).take(back.tolist()) for source, distinct, back in parts])
         banks[name] = bank
     return banks
-
-
-def _draw(
-    encoder: Encoder, pair: PairData, modality: str, indices: Int64[np.ndarray, " draw"]
-) -> tuple[Float[Tensor, "draw dim"], Ragged]:
-    """Return the vectors and tokens of drawn samples; each is encoded once, however often it was drawn."""
-    source = pair.sources[pair.modalities.index(modality)]
-    distinct, back = np.unique(indices, return_inverse=True)
-    vectors = encoder(source, distinct)
-    return vectors[torch.from_numpy(back)], source(distinct).take(back.tolist())
 
 
 def join(parts: Sequence[Ragged]) -> Ragged:

@@ -65,3 +65,9 @@ def test_arguments_survive_their_json() -> None:
 def test_a_number_is_never_a_string_or_a_truth(number: object) -> None:
     with pytest.raises(ValidationError):
         IngestArgs.model_validate({"dataset": "ds_a", "source": "s", "max_bad_fraction": number})
+
+
+@pytest.mark.parametrize("prompts", [{}, {"a": ["one"]}, {"a": ["one"], "b": []}])
+def test_prompts_that_tell_nothing_apart_are_refused(prompts: dict[str, list[str]]) -> None:
+    with pytest.raises(ValidationError, match=r"prompt|labels"):
+        EvaluateArgs(model="m", datasets=["ds_a"], prompts=prompts)

@@ -11,6 +11,7 @@ import torch
 
 from service.contract.errors import Permanent
 from service.contract.recipe import Recipe
+from service.contract.tokens import tokenise
 from worker.learning import data
 from worker.learning.data import Dataset, Encoder, PairData, TokenSource
 from worker.learning.model import MultiTower, build_tokenisers, vocab_sizes
@@ -169,3 +170,19 @@ def test_a_sensor_is_measured_on_its_training_samples(recipe: MakeRecipe, datase
     values = pairs[0].sources[0](pairs[0].indices).values
     torch.testing.assert_close(model.towers["imu"].state_dict()["mean"], values.mean(0))
     torch.testing.assert_close(model.towers["imu"].state_dict()["deviation"], values.std(0, correction=0))
+
+
+def test_tokens_that_are_made_already_are_encoded_in_the_recipes_precision(
+    recipe: MakeRecipe, datasets: dict[str, Dataset]
+) -> None:
+    """Prompts that a caller gives and captions of a data set must not differ in how exactly they are computed."""
+    made = recipe(precision="bf16")
+    torch.manual_seed(0)
+    model = MultiTower(made, {"text": 260, "codes": 24}).eval()
+    encoder = Encoder(model, torch.device("cpu"), lambda _: None)
+    source = TokenSource(datasets["ds_codes"], "codes", tokenise.build(made.towers["codes"].tokens, {}))
+    indices = np.arange(5)
+    assert torch.equal(encoder.encode("codes", source(indices)), encoder(source, indices))
+    with torch.inference_mode():
+        exact = model.encode("codes", source(indices))
+    assert not torch.equal(encoder.encode("codes", source(indices)), exact)
