@@ -48,6 +48,7 @@ class _Seen:
     job: Job | None
     events: Sequence[sa.Row[*tuple[Any, ...]]]
     metrics: Sequence[sa.Row[*tuple[Any, ...]]]
+    begin: int  # whoever saw no metric yet begins after this step
     complete: bool
 
 
@@ -96,6 +97,13 @@ class Followers:
                 await self._task
 
     async def _poll(self) -> None:
+        try:
+            await self._keep_telling()
+        finally:  # after a bug too, nobody is left waiting for news that will not come
+            for follower in self._followers:
+                follower.queue.put_nowait(None)
+
+    async def _keep_telling(self) -> None:
         while self._followers and not self._stopping:
             by_job: dict[tuple[str, int], list[_Follower]] = {}
             for follower in self._followers:
@@ -117,19 +125,19 @@ def _look(conn: sa.Connection, tenant: str, job_id: int, followers: list[_Follow
     # The job first: if it has ended, the events that are read after it are all there will be.
     row = conn.execute(select_jobs(tenant).where(job.c.id == job_id)).first()
     if row is None:
-        return _Seen(None, [], [], complete=True)
+        return _Seen(None, [], [], begin=-1, complete=True)
     last_event = min(follower.last_event for follower in followers)
     events = list(conn.execute(_EVENTS, {"job": job_id, "last": last_event}))
-    for follower in followers:
-        if follower.last_step is None:
-            follower.last_step = (conn.execute(_LAST_STEP, {"job": job_id}).scalar() or 0) - 1
-    last_step = min(-1 if follower.last_step is None else follower.last_step for follower in followers)
+    begin = -1
+    if any(follower.last_step is None for follower in followers):
+        begin = (conn.execute(_LAST_STEP, {"job": job_id}).scalar() or 0) - 1
+    last_step = min(begin if follower.last_step is None else follower.last_step for follower in followers)
     # The values of a step are written in one transaction: only the limit can cut one in two.
     metrics = list(conn.execute(_METRICS, {"job": job_id, "last": last_step}))
     complete = len(events) < MAX_EVENTS and len(metrics) < MAX_METRICS
     if len(metrics) == MAX_METRICS:
         metrics = [each for each in metrics if each.step != metrics[-1].step]
-    return _Seen(job_of(row), events, metrics, complete)
+    return _Seen(job_of(row), events, metrics, begin, complete)
 
 
 def _tell(follower: _Follower, seen: _Seen) -> None:
@@ -147,9 +155,11 @@ def _tell(follower: _Follower, seen: _Seen) -> None:
     if seen.job.progress is not None and seen.job.progress != follower.progress:
         follower.progress = seen.job.progress
         put(_event("progress", seen.job.progress.model_dump()))
+    if follower.last_step is None:
+        follower.last_step = seen.begin
     values: dict[int, dict[str, float]] = {}
     for row in seen.metrics:
-        if follower.last_step is None or row.step > follower.last_step:
+        if row.step > follower.last_step:
             values.setdefault(row.step, {})[row.name] = row.value  # the highest epoch comes last
     for step, named in values.items():
         follower.last_step = step

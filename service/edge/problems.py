@@ -80,7 +80,7 @@ def documented(*classes: type[IsthmusError]) -> dict[int | str, dict[str, Any]]:
     return found
 
 
-EVERYWHERE: Final = documented(Malformed, Unauthenticated, Forbidden, Invalid, TooMany, Unavailable)
+EVERYWHERE: Final = documented(Malformed, Unauthenticated, Forbidden, TooLarge, Invalid, TooMany, Unavailable)
 
 
 def status_and_type(error: IsthmusError) -> tuple[int, str]:
@@ -136,8 +136,7 @@ async def on_http_exception(_request: Request, error: Exception) -> Response:
     """Answer what the framework refuses on its own: no such path, wrong method, too large a body."""
     refused = cast("HTTPException", error)
     status = refused.status_code
-    kinds = {code: kind for code, kind in STATUSES.values() if code not in {409, 500}}
-    kind = kinds.get(status, "server_error" if status >= 500 else "invalid_request_error")
+    kind = dict(STATUSES.values()).get(status, "server_error" if status >= 500 else "invalid_request_error")
     messages = {404: "there is no such path", 405: "this path does not take that method"}
     message = messages.get(status, HTTPStatus(status).phrase)
     return render(status, message, kind, headers=dict(refused.headers or {}))

@@ -13,6 +13,8 @@ from pydantic import TypeAdapter
 from service.contract.items import AnyItem, Item
 
 MAX_BYTES: Final = 64 << 20
+ENTRY_BYTES: Final = 512
+"""Of a prompt beside its vector: its key, its place, and the objects around them."""
 
 _item: TypeAdapter[AnyItem] = TypeAdapter(Item)
 Known = tuple[str, Float32[np.ndarray, " dim"]]
@@ -51,7 +53,7 @@ class LabelCache:
             return
         own = vector.copy()  # a row of a batch would keep the whole batch
         self._known[key] = (modality, own)
-        self._num_bytes += own.nbytes
+        self._num_bytes += own.nbytes + ENTRY_BYTES
         while self._num_bytes > self._max_bytes:
             _, (_, dropped) = self._known.popitem(last=False)
-            self._num_bytes -= dropped.nbytes
+            self._num_bytes -= dropped.nbytes + ENTRY_BYTES

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import re
 from typing import Annotated, Any, Final, Literal, cast
 from urllib.parse import urlsplit
 
@@ -42,6 +43,7 @@ from service.resources import (
 router = APIRouter(tags=["datasets"], prefix="/v1/datasets")
 
 REMOTE: Final = frozenset({"s3", "gs", "az"})
+PATTERN: Final = re.compile(r"[*?\[{]")
 PREVIEW_BYTES: Final = 256 << 10
 PREVIEW_TOKENS: Final = 64
 MAX_NAMED: Final = 64
@@ -55,10 +57,21 @@ _SIGNATURES: Final = (
 )
 
 
-class CreateDataset(Word):
-    """A data set that lies somewhere already."""
+class Described(Word):
+    """What is said of a data set, wherever it lies; in a multipart form `modalities` and `holdout` are JSON."""
 
     name: Name
+    modalities: Annotated[
+        dict[ModalityName, Annotated[Text, Field(max_length=200)]] | None,
+        Field(description="modality -> member extension or column; null: recognised", max_length=MAX_NAMED),
+    ] = None
+    holdout: Holdout | None = None
+    max_bad_fraction: Annotated[Real, Field(ge=0, le=1, description="more rejected samples fail the job")] = 0.1
+
+
+class CreateDataset(Described):
+    """A data set that lies somewhere already."""
+
     uri: Annotated[
         Text,
         Field(
@@ -68,27 +81,10 @@ class CreateDataset(Word):
             "Parquet, zip, or a folder with a CSV or JSONL manifest",
         ),
     ]
-    modalities: Annotated[
-        dict[ModalityName, Annotated[Text, Field(max_length=200)]] | None,
-        Field(description="modality -> member extension or column; null: recognised", max_length=MAX_NAMED),
-    ] = None
-    holdout: Holdout | None = None
-    max_bad_fraction: Annotated[Real, Field(ge=0, le=1, description="more rejected samples fail the job")] = 0.1
-
-
-class UploadDataset(Word):
-    """A data set in the body: fields of a multipart form, `modalities` and `holdout` as JSON."""
-
-    name: Name
-    modalities: Annotated[
-        dict[ModalityName, Annotated[Text, Field(max_length=200)]] | None, Field(max_length=MAX_NAMED)
-    ] = None
-    holdout: Holdout | None = None
-    max_bad_fraction: Annotated[Real, Field(ge=0, le=1)] = 0.1
 
 
 _created: TypeAdapter[CreateDataset] = TypeAdapter(CreateDataset)
-_uploaded: TypeAdapter[UploadDataset] = TypeAdapter(UploadDataset)
+_described: TypeAdapter[Described] = TypeAdapter(Described)
 
 SCHEMAS: Final[dict[str, Any]] = {
     "CreateDataset": CreateDataset.model_json_schema(ref_template="#/components/schemas/{model}"),
@@ -150,9 +146,8 @@ async def _create_registered(request: Request, service: Service, caller: Caller,
     wanted = validate(_created, document)
     _check_uri(wanted.uri, service, caller)
     digest = idempotency.fingerprint("POST", "/v1/datasets", wanted.model_dump(mode="json"))
-    described = UploadDataset(**wanted.model_dump(exclude={"uri"}))
     return await service.database.write(
-        lambda conn: _insert(conn, caller, key, digest, wanted=described, source=wanted.uri)
+        lambda conn: _insert(conn, caller, key, digest, wanted=wanted, source=wanted.uri)
     )
 
 
@@ -164,7 +159,7 @@ async def _create_uploaded(request: Request, service: Service, caller: Caller, k
     answer: Answer | None = None
     try:
         upload = await receive(request, service)
-        wanted = validate(_uploaded, _from_fields(upload.fields))
+        wanted = validate(_described, _from_fields(upload.fields))
         fields = {**wanted.model_dump(mode="json"), "file": upload.sha256}
         digest = idempotency.fingerprint("POST", "/v1/datasets", fields)
         source = f"store:{upload.key}"
@@ -186,7 +181,7 @@ def _insert(
     key: str | None,
     digest: str,
     *,
-    wanted: UploadDataset,
+    wanted: Described,
     source: str,
     reserved: bool = False,
 ) -> Answer:
@@ -236,19 +231,32 @@ def _from_fields(fields: dict[str, str]) -> dict[str, Any]:
 
 def _check_uri(uri: str, service: Service, caller: Caller) -> None:
     """Refuse sources that a caller must not make the worker read: our own store, other protocols, local files."""
-    own = service.settings.resolved_store_url().rstrip("/")
-    for part in uri.split("::"):
-        scheme, separator, rest = part.strip().partition("://")
+    own = service.settings.resolved_store_url()
+    for part in map(str.strip, uri.split("::")):
+        scheme, separator, rest = part.partition("://")
         if separator and scheme in REMOTE:
-            parsed = urlsplit(part.strip())
-            if parsed.username or parsed.password or not parsed.netloc or part.strip().startswith(own + "/"):
+            if not is_remote_place(part, own=own):
                 raise Invalid("this place cannot be read", param="uri")
-        elif part.strip().startswith("store:") or (separator and scheme not in {"file", "local"}):
+        elif part.startswith("store:") or (separator and scheme not in {"file", "local"}):
             raise Invalid("a data set lies at s3://, gs://, az://, or at a path (file://)", param="uri")
         elif "admin" not in caller.scopes:
             raise Forbidden("reading files of the worker's own machine needs a key with the scope 'admin'", param="uri")
         elif "\x00" in rest:
             raise Invalid("text cannot hold NUL characters", param="uri")
+
+
+def is_remote_place(uri: str, *, own: str) -> bool:
+    """Tell whether a URI names a bucket, without credentials, and nothing above or in our own store."""
+    try:
+        parsed = urlsplit(uri)
+    except ValueError:  # such as an unclosed bracket
+        return False
+    if parsed.username or parsed.password or not parsed.netloc:
+        return False
+    store = own.rstrip("/") + "/"
+    literal, *pattern = PATTERN.split(uri, maxsplit=1)  # a pattern may stand for anything after what comes before it
+    place = literal if pattern else literal.rstrip("/") + "/"
+    return not (place.startswith(store) or store.startswith(place))
 
 
 @router.get("", operation_id="list_datasets", summary="List data sets")
