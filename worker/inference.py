@@ -85,6 +85,8 @@ class Inference:
             command += ["--token-env", _TOKEN]
         self._began = time.monotonic()
         try:
+            if self.listen.startswith("unix:"):
+                make_socket_folder(settings.data)  # another worker that stopped meanwhile may have removed it, empty
             self._process = subprocess.Popen(  # noqa: S603
                 command, stdin=subprocess.PIPE, stdout=sys.stderr.fileno(), start_new_session=True, env=environment
             )

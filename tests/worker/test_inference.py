@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from service.contract.host import leave_socket_folder, socket_folder
 from service.contract.settings import Settings
 from worker.inference import Inference, endpoints
 
@@ -60,3 +61,16 @@ def test_a_process_that_cannot_be_started_is_tried_again_later(
     inference.keep()
     assert [record.message for record in caplog.records] == ["the inference process cannot be started"]
     inference.stop(0)
+
+
+def test_the_folder_of_its_socket_is_made_again_for_every_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker that stops removes it if it is empty, and the next one's process takes seconds to bind its socket."""
+    monkeypatch.setattr(sys, "executable", "/bin/true")
+    inference = Inference(_settings(tmp_path), environment={}, num_threads=1)
+    leave_socket_folder(tmp_path)
+    assert not socket_folder(tmp_path).exists()
+    inference.keep()
+    assert socket_folder(tmp_path).exists()
+    inference.stop(5)
