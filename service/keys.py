@@ -21,14 +21,14 @@ from typing import Annotated, Final, Literal, cast, final
 from urllib.parse import urlsplit
 
 import sqlalchemy as sa
-from pydantic import AwareDatetime, Field, StrictInt
+from pydantic import Field, StrictInt
 from sqlalchemy.dialects.postgresql import insert
 
 from service.contract.dialects import now
 from service.contract.errors import Forbidden, TooMany, Unauthenticated, Unavailable
 from service.contract.settings import Settings
 from service.contract.tables import api_key, owned
-from service.contract.word import ALPHABET, Name, Word, new_id
+from service.contract.word import ALPHABET, Moment, Name, Word, new_id
 from service.database import Database
 
 log = logging.getLogger(__name__)
@@ -51,7 +51,7 @@ class CreateKey(Word):
         Field(min_length=1, max_length=4, description="read; infer: online operations; write; admin: everything"),
     ]
     requests_per_minute: Annotated[StrictInt | None, Field(ge=1, le=1_000_000, description="null: no limit")] = None
-    expires_at: Annotated[AwareDatetime | None, Field(description="null: never")] = None
+    expires_at: Annotated[Moment | None, Field(description="null: never")] = None
 
 
 @dataclass(frozen=True)

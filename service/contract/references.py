@@ -5,12 +5,12 @@ A model is named by its id, by an alias, or as `job_x@latest` and `job_x@<step>`
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Final, Protocol, assert_never
 
 import sqlalchemy as sa
 
-from service.contract.errors import Conflict, Invalid, NotFound
-from service.contract.jobs import EmbedArgs, EvaluateArgs, IngestArgs, Input, TrainArgs, inputs_of
+from service.contract.errors import Conflict, Invalid, NotFound, RequestError
+from service.contract.jobs import EmbedArgs, EvaluateArgs, IngestArgs, Input, TrainArgs
 from service.contract.tables import alias, checkpoint, dataset, job, model
 
 Args = IngestArgs | TrainArgs | EmbedArgs | EvaluateArgs
@@ -89,13 +89,39 @@ def resolve(conn: sa.Connection, tenant: str, args: Args) -> dict[str, Input]:
 
     Raises NotFound, Conflict or Invalid, naming what cannot be read.
     """
-    named_model = args.model if isinstance(args, EmbedArgs | EvaluateArgs) else None
-    return {
-        ref: resolve_model(conn, tenant, ref, hold=True)
-        if ref == named_model
-        else resolve_dataset(conn, tenant, ref, hold=True)
-        for ref in inputs_of(args)
-    }
+    found: dict[str, Input] = {}
+    if isinstance(args, EmbedArgs | EvaluateArgs):
+        found[args.model] = _at("model", resolve_model, conn, tenant, args.model)
+    datasets: dict[str, Input] = {}
+    for place, ref in _datasets_of(args):
+        if ref not in datasets:
+            datasets[ref] = _at(place, resolve_dataset, conn, tenant, ref)
+    return found | datasets
+
+
+def _datasets_of(args: Args) -> list[tuple[str, str]]:
+    match args:
+        case IngestArgs():
+            return []
+        case TrainArgs():
+            return [(f"recipe.pairs[{index}].dataset", pair.dataset) for index, pair in enumerate(args.recipe.pairs)]
+        case EmbedArgs():
+            return [("dataset", args.dataset)]
+        case EvaluateArgs():
+            return [(f"datasets[{index}]", ref) for index, ref in enumerate(args.datasets)]
+        case _:
+            assert_never(args)
+
+
+class _Resolver(Protocol):
+    def __call__(self, conn: sa.Connection, tenant: str, ref: str, *, hold: bool) -> Input: ...
+
+
+def _at(place: str, resolver: _Resolver, conn: sa.Connection, tenant: str, ref: str) -> Input:
+    try:
+        return resolver(conn, tenant, ref, hold=True)
+    except RequestError as error:
+        raise error.at(place) from None
 
 
 def row_of(found: Input) -> str:

@@ -23,6 +23,7 @@ from service.catalogue import Model
 from service.contract.errors import Invalid, NotFound, TooLarge, UnsupportedMedia
 from service.contract.items import AnyItem, TextItem
 from service.contract.operations import ClassifyRequest, ClassifyResponse
+from service.contract.settings import Settings
 from service.deps import Inferrer, Running, Service
 from service.edge.bodies import StrictRoute
 from service.edge.problems import documented
@@ -59,11 +60,7 @@ async def create(service: Running, caller: Inferrer, body: ClassifyRequest) -> R
     """Classify items by comparing them with prompts of each label, at the trained scale of their pair."""
     model = await service.catalogue.find(caller.tenant, body.model)
     items = listed(service, body.input, "input")
-    prompts = _prompts(body)
-    if len(prompts.items) > service.settings.max_items:
-        raise Invalid(
-            f"{len(prompts.items)} prompts, at most {service.settings.max_items} in a request", param="labels"
-        )
+    prompts = _prompts(body, service.settings)
     log_prior = _log_prior(body, prompts.labels)
     if body.multi_label and len(prompts.labels) < 2:
         raise Invalid("a label is judged against the others: give two at least", param="labels")
@@ -117,20 +114,34 @@ def _ranked(
         }
 
 
-def _prompts(body: ClassifyRequest) -> Prompts:
+def _prompts(body: ClassifyRequest, settings: Settings) -> Prompts:
+    """Write out the prompts of every label.
+
+    Raises Invalid for too many, TooLarge for more text than a request could carry if it held them written out.
+    """
     if isinstance(body.labels, dict):
         if body.templates is not None:
             raise Invalid("templates go with a list of labels; these labels have their prompts", param="templates")
         by_label = body.labels
         names = list(by_label)
+        _check_number(sum(map(len, by_label.values())), settings)
     else:
         names = list(body.labels)
         if len(set(names)) != len(names):
             raise Invalid("a label is given twice", param="labels")
         templates = body.templates or ["{}"]
+        _check_number(len(names) * len(templates), settings)
         for index, template in enumerate(templates):
             if "{}" not in template:
                 raise Invalid("a template holds {}, which takes the label", param=f"templates[{index}]")
+        # A template that takes a long label a thousand times is short to send and gigabytes to write out.
+        gaps = sum(template.count("{}") for template in templates)
+        plain = sum(map(len, templates)) - 2 * gaps
+        num_characters = len(names) * plain + gaps * sum(map(len, names))
+        if num_characters > settings.max_body_bytes:
+            raise TooLarge(
+                f"prompts of {num_characters} characters, at most {settings.max_body_bytes}", param="templates"
+            )
         by_label = {
             name: [cast("AnyItem", TextItem(text=template.replace("{}", name))) for template in templates]
             for name in names
@@ -138,6 +149,11 @@ def _prompts(body: ClassifyRequest) -> Prompts:
     at = [f"labels.{name[:64]}[{index}]" for name in names for index in range(len(by_label[name]))]
     counts = np.array([len(by_label[name]) for name in names])
     return Prompts(names, [item for name in names for item in by_label[name]], at, counts)
+
+
+def _check_number(num_prompts: int, settings: Settings) -> None:
+    if num_prompts > settings.max_items:
+        raise Invalid(f"{num_prompts} prompts, at most {settings.max_items} in a request", param="labels")
 
 
 def _log_prior(body: ClassifyRequest, labels: list[str]) -> Float64[np.ndarray, " label"]:

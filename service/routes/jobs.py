@@ -9,17 +9,17 @@ from typing import Annotated, Any, Final, Literal, assert_never
 import sqlalchemy as sa
 from fastapi import APIRouter, Body, Header, Query, Request, Response
 from fastapi.responses import StreamingResponse
-from pydantic import AwareDatetime, Field, StrictInt, StringConstraints
+from pydantic import Field, StrictInt, StringConstraints
 
 from service.aliases import check_alias
 from service.contract import queue
-from service.contract.errors import Conflict, Invalid, Malformed, NotFound
+from service.contract.errors import Conflict, Invalid, Malformed, NotFound, UnsupportedMedia
 from service.contract.jobs import EmbedArgs, EvaluateArgs, TrainArgs
 from service.contract.modality import medium_of
 from service.contract.recipe import Recipe
 from service.contract.references import resolve_model
 from service.contract.tables import checkpoint, dataset, job, job_event, metric, model, owned
-from service.contract.word import Name, Word
+from service.contract.word import Moment, Name, Word
 from service.deps import IdempotencyKey, Reader, Running, Service, Writer
 from service.edge import idempotency
 from service.edge.bodies import StrictRoute
@@ -54,7 +54,7 @@ class Submission(Word):
     """What every job may carry beside its arguments."""
 
     priority: Annotated[StrictInt, Field(ge=0, le=9, description="0 is served first, 9 last")] = 5
-    run_at: Annotated[AwareDatetime | None, Field(description="not before this time")] = None
+    run_at: Annotated[Moment | None, Field(description="not before this time")] = None
     metadata: Annotated[dict[MetadataKey, MetadataValue] | None, Field(description="your own", max_length=16)] = None
 
 
@@ -100,7 +100,7 @@ _EXAMPLES: Final[dict[str, Any]] = {
     summary="Submit a job",
     status_code=202,
     response_model=Job,
-    responses=documented(NotFound, Conflict),
+    responses=documented(NotFound, Conflict, UnsupportedMedia),
 )
 async def create(
     service: Running,

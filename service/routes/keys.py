@@ -5,7 +5,7 @@ from __future__ import annotations
 from fastapi import APIRouter
 from sqlalchemy import Connection
 
-from service.contract.errors import NotFound
+from service.contract.errors import NotFound, UnsupportedMedia
 from service.contract.tables import api_key, owned
 from service.deps import Admin, Running
 from service.edge.bodies import StrictRoute
@@ -17,7 +17,9 @@ from service.resources import CreatedKey, Deleted, KeyList, key_of
 router = APIRouter(tags=["keys"], prefix="/v1/keys", route_class=StrictRoute)
 
 
-@router.post("", operation_id="create_key", summary="Create an API key", status_code=201)
+@router.post(
+    "", operation_id="create_key", summary="Create an API key", status_code=201, responses=documented(UnsupportedMedia)
+)
 async def create(service: Running, caller: Admin, body: CreateKey) -> CreatedKey:
     """Create a key; its secret is shown this once, so an idempotency key has no effect here."""
 

@@ -10,7 +10,7 @@ from pydantic import Field, StrictStr
 
 from service.aliases import check_alias
 from service.contract.dialects import now
-from service.contract.errors import Conflict, Invalid, NotFound
+from service.contract.errors import Conflict, Invalid, NotFound, UnsupportedMedia
 from service.contract.references import resolve_model
 from service.contract.tables import alias, job, job_input, model, owned
 from service.contract.word import Word
@@ -89,7 +89,10 @@ async def get(service: Running, caller: Reader, name: str) -> Model:
 
 
 @router.patch(
-    "/{name}", operation_id="update_model", summary="Set the aliases of a model", responses=documented(NotFound)
+    "/{name}",
+    operation_id="update_model",
+    summary="Set the aliases of a model",
+    responses=documented(NotFound, UnsupportedMedia),
 )
 async def update(service: Running, caller: Writer, name: str, body: UpdateModel) -> Model:
     """Set a model's aliases; requests by name reach it within five seconds in every process."""

@@ -249,6 +249,18 @@ async def test_labels_that_make_no_question_are_refused(api: Any, body: dict[str
         assert "image with text" in response.json()["error"]["message"]
 
 
+async def test_prompts_are_not_written_out_beyond_the_limits(api: Any) -> None:
+    # Two megabytes that would become sixteen gigabytes, and a million labels with a million templates.
+    long = {"labels": ["x" * 100_000], "templates": ["{}" * 8000] * 20}
+    response = await api.post("/v1/classify", json={"model": "a", "input": {"image": png()}, **long})
+    assert response.status_code == 413
+    assert response.json()["error"]["param"] == "templates"
+    many = {"labels": list(map(str, range(100_000))), "templates": ["{}"] * 100_000}
+    response = await api.post("/v1/classify", json={"model": "a", "input": {"image": png()}, **many})
+    assert response.status_code == 422
+    assert "10000000000 prompts" in response.json()["error"]["message"]
+
+
 async def compose(api: Any, **body: Any) -> Any:
     response = await api.post("/v1/compose", json={"top_k": 3, **body})
     assert response.status_code == 200, response.text

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
-from service.contract.tables import checkpoint, dataset, job, job_event, job_progress, job_result, metric, worker
+from service.contract.tables import checkpoint, dataset, job, job_event, job_progress, job_result, metric, model, worker
 
 pytestmark = pytest.mark.anyio
 
@@ -19,6 +19,7 @@ RECIPE = {
     },
     "pairs": [{"dataset": "ds_a", "modalities": ["image", "text"]}],
 }
+NOWHERE = {"dataset": "ds_none", "modalities": ["image", "text"]}
 TRAIN = {"kind": "train", "recipe": RECIPE, "name": "digits", "metadata": {"team": "a"}, "priority": 3}
 
 
@@ -59,7 +60,13 @@ async def test_a_job_is_queued_and_shown(api: Any) -> None:
 @pytest.mark.parametrize(
     ("changes", "status", "param"),
     [
-        ({"recipe": RECIPE | {"pairs": [{"dataset": "ds_none", "modalities": ["image", "text"]}]}}, 404, None),
+        (
+            {"recipe": RECIPE | {"pairs": [{"dataset": "ds_none", "modalities": ["image", "text"]}]}},
+            404,
+            "recipe.pairs[0].dataset",
+        ),
+        ({"run_at": 0}, 422, "run_at"),
+        ({"run_at": "4000000000"}, 422, "run_at"),
         ({"name": "two words"}, 422, "name"),
         ({"kind": "embed", "recipe": None}, 422, None),
         ({"kind": "ingest"}, 422, None),
@@ -74,6 +81,23 @@ async def test_a_job_that_cannot_work_is_refused_now(
     assert response.status_code == status
     assert param is None or response.json()["error"]["param"] == param
     assert (await api.get(JOBS)).json()["data"] == []
+
+
+async def test_a_model_is_no_data_set_even_where_both_are_asked_for(api: Any) -> None:
+    info = {"modalities": ["image", "text"], "dimensions": 8}
+    named = {"id": "model_a", "tenant_id": "default", "artifact": "models/model_a/1", "digest": "d", "info": info}
+    with api.service.database.engine.begin() as conn:
+        conn.execute(sa.insert(model).values(**named))
+    embed = {"kind": "embed", "model": "model_a", "modality": "image"}
+    evaluate = {"kind": "evaluate", "model": "model_a"}
+    for body, param in (
+        (embed | {"dataset": "model_a"}, "dataset"),
+        (evaluate | {"datasets": ["model_a"]}, "datasets[0]"),
+    ):
+        response = await api.post(JOBS, json=body)
+        assert response.status_code == 404
+        assert response.json()["error"]["param"] == param
+        assert response.json()["error"]["code"] == "dataset_not_found"
 
 
 async def test_a_recipe_is_held_against_its_data_sets(api: Any) -> None:
