@@ -119,6 +119,14 @@ class Store(ABC):
             except (NotFound, FileNotFoundError):
                 raise damaged(f"{key}/{path} is missing") from None
 
+    def verified(self, key: str) -> Path:
+        """Return the local directory of an artifact, every file in it compared with its digest.
+
+        Raises Permanent that names the first file that differs, NotFound if there is no such artifact.
+        """
+        self.verify(key)
+        return self.local(key)
+
     def _remember(self, key: str, manifest: Manifest) -> None:
         with self._lock:
             while len(self._manifests) >= CACHED_MANIFESTS:

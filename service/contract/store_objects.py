@@ -12,7 +12,7 @@ from typing import IO, Any, BinaryIO, Literal, Protocol, cast, final
 
 from typing_extensions import override
 
-from service.contract.errors import NotFound
+from service.contract.errors import NotFound, Permanent
 from service.contract.manifest import MANIFEST, Kind, Manifest, copy, describe
 from service.contract.store import Store, checked, checked_upload, is_upload, upload_key
 from service.contract.store_folder import FolderStore
@@ -107,6 +107,17 @@ class ObjectStore(Store):
         finally:
             shutil.rmtree(staging, ignore_errors=True)
         return self.cache.local(key)
+
+    @override
+    def verified(self, key: str) -> Path:
+        # What counts is the copy that will be read. It was compared as it was made; an old one may have rotted since.
+        folder = self.local(key)
+        try:
+            self.cache.verify(key)
+        except Permanent:
+            self.cache.delete(key)
+            folder = self.local(key)
+        return folder
 
     @override
     def open_upload(self, key: str) -> BinaryIO:

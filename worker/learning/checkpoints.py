@@ -61,8 +61,7 @@ def find(ctx: Context) -> Path | None:
     unrecorded = set(ctx.store.list(f"checkpoints/{ctx.job}")) - set(ctx.resume)
     for key in (*ctx.resume, *sorted(unrecorded, key=_step_of, reverse=True)):
         try:
-            ctx.store.verify(key)
-            return ctx.store.local(key)
+            return ctx.store.verified(key)
         except (NotFound, Permanent) as error:
             ctx.event("checkpoint_skipped", {"artifact": key, "reason": error.message})
     return None

@@ -105,9 +105,8 @@ class Residency:
 
     def _read(self, artifact: str) -> Loaded:
         try:
-            folder = self._store.local(artifact)
-            self._store.verify(artifact)  # a flipped bit would be served as a wrong vector for weeks
-            return load_model(folder, self._device)
+            # Verified: a flipped bit would be served as a wrong vector for weeks.
+            return load_model(self._store.verified(artifact), self._device)
         except Permanent as error:
             raise Unavailable(error.message, code=error.code) from error
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:

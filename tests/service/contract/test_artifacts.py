@@ -190,6 +190,20 @@ def test_a_remote_artifact_with_wrong_bytes_never_enters_the_cache(tmp_path: Pat
     assert (folder / "model.safetensors").read_text() == "weights"
 
 
+def test_a_verified_copy_is_read_once_and_fetched_again_if_it_has_rotted(tmp_path: Path):
+    store = open_store(f"memory://{tmp_path.as_posix().strip('/')}", cache_dir=tmp_path / "cache")
+    assert isinstance(store, ObjectStore)
+    publish(store, make_folder(tmp_path))
+    weights = store.verified(KEY) / "model.safetensors"
+    weights.write_text("Weights")
+    assert (store.verified(KEY) / "model.safetensors").read_text() == "weights"
+    store.fs.pipe_file(f"{store.root}/{KEY}/model.safetensors", b"WEIGHTS", "overwrite")
+    assert store.verified(KEY) == weights.parent, "what is in the store is not read again"
+    weights.write_text("Weights")
+    with pytest.raises(Permanent, match=r"model\.safetensors does not match"):
+        store.verified(KEY)
+
+
 def test_an_object_store_without_the_manifest_has_no_artifact(tmp_path: Path):
     store = open_store(f"memory://{tmp_path.as_posix().strip('/')}", cache_dir=tmp_path / "cache")
     assert isinstance(store, ObjectStore)
