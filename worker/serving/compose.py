@@ -106,6 +106,7 @@ class Composer:
         self._source, self._target, self._log_prior = source, target, log_prior
         self._on_device: tuple[Tensor, Tensor, Tensor] | None = None
         self._f_target: Tensor | None = None
+        self._resultant: float | None = None
 
     def entries(self) -> list[Entry]:
         """Return the sources as the batcher's items, each with what it costs in arithmetic and in memory."""
@@ -128,7 +129,7 @@ class Composer:
     @torch.inference_mode()
     def run(self, sources: Sequence[int]) -> list[Row]:
         """Answer for some sources."""
-        z_sources, z_target, log_prior = self._move()
+        z_sources, z_target, log_prior = self._prepare()
         scored = self._score(z_sources[torch.tensor(sources, device=self.device)], z_target)
         ranking = scored.score + log_prior.clamp(min=LOG_PRIOR_FLOOR)
         best = ranking.topk(self.top_k, dim=1)
@@ -148,7 +149,7 @@ class Composer:
         agreements = [None] * len(sources) if scored.rank_agreement is None else scored.rank_agreement.tolist()
         return [Row(*each) for each in zip(table, log_normaliser, sizes, agreements, strict=True)]
 
-    def _move(self) -> tuple[Tensor, Tensor, Tensor]:
+    def _prepare(self) -> tuple[Tensor, Tensor, Tensor]:
         if self._on_device is None:
             num = len(self._target)
             flat = np.full(num, -math.log(num)) if self._log_prior is None else self._log_prior
@@ -157,6 +158,8 @@ class Composer:
             )
             log_prior = torch.tensor(flat, device=self.device, dtype=torch.float64)
             self._on_device = z_source, z_target, log_prior
+            # Here, since `answer` belongs to the event loop, where nobody computes.
+            self._resultant = None if (bridge := self._bridge()) is None else resultant(bridge)
         return self._on_device
 
     def _score(self, z_source: Float[Tensor, "source d1"], z_target: Float[Tensor, "target d2"]) -> Scored:
@@ -198,15 +201,14 @@ class Composer:
         agreements = [_number(row.rank_agreement) for row in rows]
         trusted = bool(sizes) and float(np.median(sizes)) >= TRUSTED_SAMPLE_SIZE
         bridge = self._bridge()
-        length = None if bridge is None else resultant(bridge)
         document = ComposeAnswer(
             bridge_size=None if bridge is None else len(bridge),
             effective_sample_size=sizes or None,
-            bridge_resultant=length,
+            bridge_resultant=self._resultant,
             direct_marginal_spearman=agreements if any(each is not None for each in agreements) else None,
             normalised=isinstance(self.way, Summed) or (isinstance(self.way, Trained) and bridge is not None),
             value_trusted=trusted,
-            warnings=_warnings(self.way, length, trusted=trusted),
+            warnings=_warnings(self.way, self._resultant, trusted=trusted),
         )
         return document.model_dump(mode="json"), arrays
 
