@@ -81,7 +81,7 @@ def run(args: TrainArgs, ctx: Context) -> TrainResult:  # noqa: PLR0915 - one lo
     saved = Checkpoints(ctx, recipe, files, learned_from, budget.keep_checkpoints)
 
     # The loop
-    metrics: dict[str, float] = {}
+    metrics = checkpoints.metrics_of(start) if start else {}
     log_time = checkpoint_time = time.monotonic()
     log_step = position.step
     recent: dict[str, list[float]] = {}  # since the last metrics

@@ -20,6 +20,7 @@ from pydantic import Field
 from safetensors.torch import load_file, save_file
 
 from service.contract.errors import NotFound, Permanent
+from service.contract.manifest import MANIFEST
 from service.contract.word import Word
 from worker.learning.model import MultiTower, save_model
 
@@ -136,6 +137,11 @@ def restore(folder: Path, model: MultiTower, optimiser: torch.optim.Optimizer, d
     if device.type == "cuda" and "cuda" in generators:
         torch.cuda.set_rng_state(generators["cuda"], device)
     return Position.model_validate(json.loads((folder / "state" / "position.json").read_text(encoding="utf-8")))
+
+
+def metrics_of(folder: Path) -> dict[str, float]:
+    """Return the figures that a checkpoint was saved with."""
+    return json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["body"]["metrics"]
 
 
 def _step_of(key: str) -> tuple[int, int]:

@@ -143,7 +143,10 @@ def test_an_interruption_while_the_bank_is_drawn_loses_no_step(
     ask_at(context, monkeypatch, 13, "interrupt")
     with pytest.raises(Interrupted):
         train.run(TrainArgs(recipe=small), context)
-    assert bench.said("job_b", "checkpoint")[-1]["step"] == 12
+    *_, last = bench.said("job_b", "checkpoint")
+    assert last["step"] == 12
+    resumed = train.run(TrainArgs(recipe=small), bench.context("job_b", epoch=2, resume=[last["artifact"]]))
+    assert resumed.metrics["loss/imu+text"] == last["metrics"]["loss/imu+text"]
 
 
 def test_a_cancelled_run_stops_before_its_next_step(small: Recipe, bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
