@@ -25,6 +25,7 @@ from service.deps import Service
 from service.edge.middleware import Edge
 from service.edge.problems import EVERYWHERE, on_http_exception, on_isthmus_error, on_validation_error
 from service.edge.telemetry import Telemetry
+from service.examples import add_examples
 from service.followers import Followers
 from service.inference.gateway import Gateway
 from service.inference.label_cache import LabelCache
@@ -150,5 +151,6 @@ def _openapi(app: FastAPI) -> dict[str, Any]:
             tags=app.openapi_tags,
         )
         schema["components"]["schemas"] |= json.loads(json.dumps(datasets.SCHEMAS))
+        add_examples(schema["paths"])
         app.openapi_schema = schema
     return app.openapi_schema

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fastapi import APIRouter
 
+from service.contract.settings import Settings
 from service.contract.word import Word
 from service.deps import Reader, Running
 
@@ -23,17 +24,12 @@ class Limits(Word):
     request_timeout_s: float
 
 
+def limits_of(settings: Settings) -> Limits:
+    """Show the limits among the settings."""
+    return Limits.model_validate({name: getattr(settings, name) for name in Limits.model_fields})
+
+
 @router.get("/limits", operation_id="get_limits", summary="Report the limits")
 async def get_limits(service: Running, _caller: Reader) -> Limits:
     """Report what one request may carry, how many may wait, and for how long."""
-    settings = service.settings
-    return Limits(
-        max_body_bytes=settings.max_body_bytes,
-        max_upload_bytes=settings.max_upload_bytes,
-        max_items=settings.max_items,
-        max_tokens=settings.max_tokens,
-        max_pixels=settings.max_pixels,
-        max_audio_s=settings.max_audio_s,
-        max_waiting=settings.max_waiting,
-        request_timeout_s=settings.request_timeout_s,
-    )
+    return limits_of(service.settings)

@@ -12,6 +12,7 @@ import sqlalchemy as sa
 
 from service.app import create_app
 from service.contract.settings import Settings
+from service.examples import REQUESTS
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -323,6 +324,24 @@ def test_every_operation_has_an_id_a_summary_a_tag_and_typed_errors() -> None:
                 assert {"400", "401", "403", "422", "429", "503"} <= set(operation["responses"]), (method, path)
                 schema = operation["responses"]["422"]["content"]["application/json"]["schema"]
                 assert schema == {"$ref": "#/components/schemas/ErrorBody"}
+
+
+def test_every_operation_that_speaks_json_has_an_example_of_what_it_takes_and_answers() -> None:
+    for methods in described()["paths"].values():
+        for operation in methods.values():
+            request = operation.get("requestBody", {}).get("content", {}).get("application/json")
+            assert request is None or "example" in request or "examples" in request, operation["operationId"]
+            for status in operation["responses"].keys() & {"200", "201", "202"}:
+                answer = operation["responses"][status]["content"].get("application/json")
+                assert answer is None or "example" in answer, operation["operationId"]
+
+
+@pytest.mark.parametrize("operation", ["create_embeddings", "tokenize", "classify", "compose"])
+async def test_the_examples_of_requests_are_taken(shared: Any, operation: str) -> None:
+    paths = {"create_embeddings": EMBED}
+    body = REQUESTS[operation].model_dump(mode="json", by_alias=True, exclude_unset=True)
+    response = await shared.post(paths.get(operation, f"/v1/{operation}"), json=body)
+    assert response.json()["error"]["code"] == "model_not_found"  # nothing else is wrong with them
 
 
 def test_a_client_generated_from_the_description_has_no_warnings(tmp_path: Path) -> None:
