@@ -6,7 +6,7 @@ the list, append-only. A job carries ids, never documents.
 
 from __future__ import annotations
 
-from typing import Annotated, Final, Literal, assert_never
+from typing import Annotated, Final, Literal
 
 from pydantic import Field, StrictBool, StrictInt, TypeAdapter, field_validator
 from typing_extensions import TypedDict
@@ -17,7 +17,6 @@ from service.contract.word import Id, ModalityName, Name, Real, Text, Word
 Lane = Literal["train", "bulk"]
 State = Literal["scheduled", "queued", "running", "succeeded", "failed", "cancelled"]
 Status = Literal["queued", "running", "cancelling", "succeeded", "failed", "cancelled"]
-FINISHED: Final[frozenset[State]] = frozenset({"succeeded", "failed", "cancelled"})
 
 
 class Input(TypedDict):
@@ -210,18 +209,3 @@ def status_of(state: State, *, cancel_requested: bool) -> Status:
     if state == "running" and cancel_requested:
         return "cancelling"
     return state
-
-
-def inputs_of(args: IngestArgs | TrainArgs | EmbedArgs | EvaluateArgs) -> list[str]:
-    """List the data sets and models that a job reads, as the caller named them, without repeats."""
-    match args:
-        case IngestArgs():
-            return []
-        case TrainArgs():
-            return list(dict.fromkeys(pair.dataset for pair in args.recipe.pairs))
-        case EmbedArgs():
-            return [args.model, args.dataset]
-        case EvaluateArgs():
-            return [args.model, *dict.fromkeys(args.datasets)]
-        case _:
-            assert_never(args)

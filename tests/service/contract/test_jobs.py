@@ -15,9 +15,7 @@ from service.contract.jobs import (
     JobArgs,
     JobResult,
     State,
-    TrainArgs,
     args_adapter,
-    inputs_of,
     status_of,
 )
 
@@ -44,16 +42,6 @@ def test_every_state_has_a_status_and_a_cancelled_run_is_cancelling() -> None:
     assert shown == {state: state for state in get_args(State)} | {"scheduled": "queued"}
     assert status_of("running", cancel_requested=True) == "cancelling"
     assert status_of("cancelled", cancel_requested=True) == "cancelled"
-
-
-def test_a_job_reads_what_it_names_once() -> None:
-    pairs = [{"dataset": name, "modalities": ["image", "text"]} for name in ("ds_a", "ds_b", "ds_a")]
-    towers = {"image": {"tokens": {"kind": "image"}}, "text": {"tokens": {"kind": "text"}}}
-    train = TrainArgs.model_validate({"recipe": {"towers": towers, "pairs": pairs}})
-    assert inputs_of(train) == ["ds_a", "ds_b"]
-    assert inputs_of(IngestArgs(dataset="ds_a", source="s")) == []
-    assert inputs_of(EmbedArgs(model="m", dataset="ds_a", modality="image")) == ["m", "ds_a"]
-    assert inputs_of(EvaluateArgs(model="m", datasets=["ds_b", "ds_b"])) == ["m", "ds_b"]
 
 
 def test_arguments_survive_their_json() -> None:
