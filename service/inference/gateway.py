@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from itertools import count
 from typing import TYPE_CHECKING, Any, Final, final
 
-import httpx
+import aiohttp
 import numpy as np
 from jaxtyping import Float32
 
@@ -52,6 +52,17 @@ class Call:
     worker: Worker
     parts: list[Part]
     sent_at: float
+
+
+@final
+@dataclass(frozen=True)
+class Reply:
+    """What a worker said."""
+
+    status: int
+    body: bytes
+    queue_ms: float
+    inference_ms: float
 
 
 @final
@@ -194,16 +205,16 @@ class Gateway:
 
     async def _attend(self, call: Call) -> None:
         try:
-            response = await self._post(call)
-            if response.status_code == 200:
-                await self._deliver(call, response)
+            reply = await self._post(call)
+            if reply.status == 200:
+                await self._deliver(call, reply)
             else:
-                self._refused(call, unpack_error(response.status_code, response.content))
-        except (httpx.ConnectError, httpx.ConnectTimeout):
+                self._refused(call, unpack_error(reply.status, reply.body))
+        except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError):
             self._workers.lost(call.worker)
             for request, part in call.parts:  # nothing was started, so nothing is used up
                 self._line.put_back(request, part)
-        except httpx.TransportError:
+        except (aiohttp.ClientError, TimeoutError):
             self._workers.lost(call.worker)
             self._try_again(call, Unavailable("the inference process was lost twice", code="worker_lost"))
         except Malformed:
@@ -213,27 +224,28 @@ class Gateway:
             call.worker.leave()
             self._pump()
 
-    async def _post(self, call: Call) -> httpx.Response:
+    async def _post(self, call: Call) -> Reply:
         size = sum(array.nbytes for request, _ in call.parts for array in request.arrays.values())
         size += sum(request.costs[at] << 10 for request, part in call.parts for at in range(*part))
         body = await asyncio.to_thread(write, call.parts) if size > OFF_LOOP_BYTES else write(call.parts)
         remaining_s = max(0.0, max(request.deadline for request, _ in call.parts) - time.monotonic())
         headers = {"x-deadline-ms": f"{1000 * remaining_s:.0f}"}
-        timeout = httpx.Timeout(remaining_s + LAST_WORD_S, connect=CONNECT_S)
-        return await call.worker.client.post("/call", content=body, headers=headers, timeout=timeout)
+        timeout = aiohttp.ClientTimeout(total=remaining_s + LAST_WORD_S, sock_connect=CONNECT_S)
+        async with call.worker.client.post("/call", data=body, headers=headers, timeout=timeout) as response:
+            queue_ms, inference_ms = (float(response.headers.get(f"x-{name}-ms", 0)) for name in ("queue", "inference"))
+            return Reply(response.status, await response.read(), queue_ms, inference_ms)
 
-    async def _deliver(self, call: Call, response: httpx.Response) -> None:
-        body = response.content
+    async def _deliver(self, call: Call, reply: Reply) -> None:
+        body = reply.body
         document, arrays = await asyncio.to_thread(unpack, body) if len(body) > OFF_LOOP_BYTES else unpack(body)
         num_items = sum(end - begin for _, (begin, end) in call.parts)
         is_embed = bool(call.parts[0][0].items)
         if is_embed and ("vectors" not in arrays or len(arrays["vectors"]) != num_items):
             raise Malformed("an answer without its vectors")
-        queue_ms, inference_ms = (float(response.headers.get(f"x-{name}-ms", 0)) for name in ("queue", "inference"))
         offset = 0
         for request, part in call.parts:
-            request.queue_ms = max(request.queue_ms, 1000 * (call.sent_at - request.queued_at) + queue_ms)
-            request.inference_ms += inference_ms
+            request.queue_ms = max(request.queue_ms, 1000 * (call.sent_at - request.queued_at) + reply.queue_ms)
+            request.inference_ms += reply.inference_ms
             size = part[1] - part[0]
             request.take(part, document, {"vectors": arrays["vectors"][offset : offset + size]} if is_embed else arrays)
             offset += size

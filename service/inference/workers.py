@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, final
 
-import httpx
+import aiohttp
 import sqlalchemy as sa
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -37,6 +37,7 @@ MISSES: Final = 3  # slow probes in a row: a busy machine is not a dead one
 MAX_IN_FLIGHT: Final = 2
 KEEP_ALIVE_S: Final = 30.0  # shorter than the server's, so no connection is closed as it is being used
 UNIX: Final = "unix:"
+_PROBE: Final = aiohttp.ClientTimeout(total=PROBE_TIMEOUT_S)
 
 
 def find_endpoints(engine: sa.Engine, *, ttl_s: float, boot: str) -> dict[str, str]:
@@ -58,7 +59,7 @@ class Worker:
 
     id: str
     endpoint: str
-    client: httpx.AsyncClient
+    client: aiohttp.ClientSession
     is_ready: bool = False
     num_in_flight: int = 0
     num_misses: int = 0
@@ -82,15 +83,16 @@ class Worker:
     async def probe(self) -> None:
         """Ask for readiness."""
         try:
-            response = await self.client.get("/readyz", timeout=PROBE_TIMEOUT_S)
-        except httpx.TimeoutException:
+            async with self.client.get("/readyz", timeout=_PROBE) as response:
+                status = response.status
+        except TimeoutError:
             self.num_misses += 1
             self.is_ready = self.is_ready and self.num_misses < MISSES
-        except httpx.TransportError:
+        except aiohttp.ClientError:
             self.is_ready = False
         else:
             self.num_misses = 0
-            self.is_ready = response.status_code == 200
+            self.is_ready = status == 200
 
 
 @final
@@ -124,7 +126,7 @@ class Workers:
             with contextlib.suppress(asyncio.CancelledError):
                 await self._task
         for known in self._known.values():
-            await known.client.aclose()
+            await known.client.close()
         await asyncio.gather(*self._closing, return_exceptions=True)
         self._known.clear()
         self._thread.shutdown(wait=False, cancel_futures=True)
@@ -205,25 +207,30 @@ class Workers:
             if worker_id not in self._known:
                 try:
                     self._known[worker_id] = Worker(worker_id, endpoint, self._connect(endpoint))
-                except httpx.InvalidURL:
+                except ValueError:
                     log.warning("worker %s has an endpoint that is no URL: %s", worker_id, endpoint)
 
     def _retire(self, gone: Worker) -> None:
         async def close() -> None:
             if gone.num_in_flight:  # a draining worker finishes what it has
                 await gone.idle.wait()
-            await gone.client.aclose()
+            await gone.client.close()
 
         task = asyncio.create_task(close())
         self._closing.add(task)
         task.add_done_callback(self._closing.discard)
 
-    def _connect(self, endpoint: str) -> httpx.AsyncClient:
-        limits = httpx.Limits(keepalive_expiry=KEEP_ALIVE_S)
+    def _connect(self, endpoint: str) -> aiohttp.ClientSession:
+        # Raises ValueError for what is no URL. Not httpx: see decision 10.
+        headers: dict[str, str] = {}
         if endpoint.startswith(UNIX):
-            path = endpoint.removeprefix(UNIX)
-            transport = httpx.AsyncHTTPTransport(uds=path, limits=limits)
-            return httpx.AsyncClient(transport=transport, base_url="http://worker", trust_env=False)
-        token = self._token.get_secret_value() if self._token else ""
-        headers = {"authorization": f"Bearer {token}"} if token else {}
-        return httpx.AsyncClient(limits=limits, base_url=endpoint, headers=headers, trust_env=False)
+            connector = aiohttp.UnixConnector(endpoint.removeprefix(UNIX), keepalive_timeout=KEEP_ALIVE_S)
+            endpoint = "http://worker"
+        else:
+            if not endpoint.startswith(("http://", "https://")):
+                raise ValueError(endpoint)
+            connector = aiohttp.TCPConnector(keepalive_timeout=KEEP_ALIVE_S)
+            if self._token is not None:
+                headers["authorization"] = f"Bearer {self._token.get_secret_value()}"
+        cookies = aiohttp.DummyCookieJar()
+        return aiohttp.ClientSession(endpoint, connector=connector, headers=headers, cookie_jar=cookies)
