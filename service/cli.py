@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
-from sqlalchemy.exc import OperationalError, ProgrammingError
+from sqlalchemy.exc import ArgumentError, OperationalError, ProgrammingError
 
 from service.contract.errors import IsthmusError
 from service.contract.settings import Settings
@@ -36,8 +36,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return _run(options, settings)
     except IsthmusError as error:
-        print(f"isthmus: {error.message}", file=sys.stderr)
-        return 1
+        return _refuse(error.message)
+    except OperationalError as error:
+        return _refuse(f"the database cannot be used: {str(error.orig).splitlines()[0]}")
+    except ArgumentError as error:
+        return _refuse(f"ISTHMUS_DATABASE_URL: {error}")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -130,18 +133,25 @@ def _serve(settings: Settings) -> int:
     from service.migrate import upgrade
     from service.serve import StartError, run
 
-    def prepare() -> None:
+    def prepare() -> bool:
         upgrade(settings.resolved_database_url())
-        _check_bind(settings)
+        return _needs_key(settings)
 
+    try:
+        settings.lane_set()
+    except ValueError as error:
+        return _refuse(str(error))
     try:
         return run(settings, prepare=prepare, say=_say)
     except StartError as error:
         return _refuse(str(error))
 
 
-def _check_bind(settings: Settings) -> None:
-    """Raise StartError for a bind that others can reach while nobody needs a key."""
+def _needs_key(settings: Settings) -> bool:
+    """Tell whether callers need a key.
+
+    Raises StartError for a bind that others can reach while there is none.
+    """
     from service.contract.dialects import open_engine
     from service.keys import any_key, check_bind
     from service.serve import StartError
@@ -149,11 +159,13 @@ def _check_bind(settings: Settings) -> None:
     engine = open_engine(settings.resolved_database_url(), pool_size=1)
     try:
         with engine.connect() as conn:
-            check_bind(settings, has_key=any_key(conn))
+            has_key = settings.api_key is not None or any_key(conn)  # the API makes the one of the settings
+        check_bind(settings, has_key=has_key)
     except RuntimeError as error:
         raise StartError(str(error)) from error
     finally:
         engine.dispose()
+    return has_key
 
 
 def _api(settings: Settings, fd: int | None) -> int:
@@ -248,13 +260,7 @@ def _keys(options: argparse.Namespace, settings: Settings) -> int:
                 with engine.connect() as conn:
                     rows = conn.execute(owned(api_key, DEFAULT_TENANT).order_by(api_key.c.created_at)).all()
                 for row in rows:
-                    state = (
-                        "revoked"
-                        if row.revoked_at
-                        else f"until {row.expires_at:%Y-%m-%d}"
-                        if row.expires_at
-                        else "valid"
-                    )
+                    state = _state_of(row.revoked_at, row.expires_at)
                     _say(f"{row.id}  {state:16}  {','.join(row.scopes):24}  {row.name}")
             case _:
                 with engine.begin() as conn:
@@ -270,8 +276,19 @@ def _keys(options: argparse.Namespace, settings: Settings) -> int:
     return 0
 
 
+def _state_of(revoked_at: datetime | None, expires_at: datetime | None) -> str:
+    if revoked_at is not None:
+        return "revoked"
+    if expires_at is None:
+        return "valid"
+    return "expired" if expires_at <= datetime.now(UTC) else f"until {expires_at:%Y-%m-%d}"
+
+
 def _health(url: str) -> int:
-    answer = readiness(url)
+    try:
+        answer = readiness(url)
+    except ValueError as error:
+        return _refuse(str(error))
     print(json.dumps(answer) if answer is not None else f"{url} is not ready")
     return 0 if answer is not None else 1
 
@@ -280,8 +297,7 @@ def _demo(options: argparse.Namespace) -> int:
     try:
         from service.demo.tour import make_data, run
     except ModuleNotFoundError as error:
-        print(f"isthmus: the demo needs {error.name}: pip install 'isthmus[all]'", file=sys.stderr)
-        return 1
+        return _refuse(f"the demo needs {error.name}: pip install 'isthmus[all]'")
     if options.only_data:
         return make_data(options.only_data, seed=options.seed)
     return run(tars=options.tars, out=options.out, keep=options.keep, seed=options.seed, url=options.url)

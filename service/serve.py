@@ -22,7 +22,8 @@ import sys
 import time
 from collections.abc import Callable, Generator
 from pathlib import Path
-from typing import Final
+from typing import Final, Self
+from urllib.parse import urlsplit
 
 from service.contract.settings import Settings
 
@@ -139,28 +140,35 @@ class _Stop:
 
     def __init__(self) -> None:
         self.asked = 0
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, self._ask)
+        self._before = [
+            (number, signal.signal(number, self._ask)) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        ]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before:
+            signal.signal(number, handler)
 
     def _ask(self, _number: int, _frame: object) -> None:
         self.asked += 1
 
 
-def run(settings: Settings, *, prepare: Callable[[], None], say: Say) -> int:
+def run(settings: Settings, *, prepare: Callable[[], bool], say: Say) -> int:
     """Serve until a signal comes and return the exit code: 0 after a signal, 1 if a child failed.
 
-    `prepare` runs once the folder is ours and before anything starts. Raises StartError if the folder or the port
-    cannot be had.
+    `prepare` runs once the folder is ours and before anything starts, and tells whether callers need a key. Raises
+    StartError if the folder or the port cannot be had.
     """
-    stop = _Stop()
-    with locked(settings.data) as place:
-        prepare()
+    with _Stop() as stop, locked(settings.data) as place:
+        needs_key = prepare()
         sock = bind(settings.host, settings.port, exactly="port" in settings.model_fields_set)
         port = int(sock.getsockname()[1])
         if settings.port not in {0, port}:
             say(f"port {settings.port} is taken, using {port}")
         with sock:  # the API gets its own; ours would keep the port open after it
-            watch = _Watch(settings, sock, place, say)
+            watch = _Watch(settings, sock, place, say, needs_key=needs_key)
         try:
             while not stop.asked:
                 if not watch.tick():
@@ -175,12 +183,13 @@ def run(settings: Settings, *, prepare: Callable[[], None], say: Say) -> int:
 class _Watch:
     """The two children while they run."""
 
-    def __init__(self, settings: Settings, sock: socket.socket, place: Path, say: Say) -> None:
+    def __init__(self, settings: Settings, sock: socket.socket, place: Path, say: Say, *, needs_key: bool) -> None:
         port = int(sock.getsockname()[1])
         self._settings = settings
         self._url = url_of(settings.host, port)
         self._place = place
         self._say = say
+        self._needs_key = needs_key
         self._environment = _environment(settings, port)
         serving = ["service.cli", "api", "--fd", str(sock.fileno())]
         self._api = _child(serving, self._environment, pass_fds=(sock.fileno(),))
@@ -211,8 +220,15 @@ class _Watch:
         if self._settings.docs:
             self._say(f"  docs   {self._url}/docs")
         self._say(f"  data   {self._settings.data.resolve()}")
+        self._say(f"  keys   {self._keys()}")
+        self._say(f"  demo   isthmus demo --url {self._url}")
         self._say("  stop   Ctrl-C")
         self._place.write_text(json.dumps({"url": self._url, "pid": os.getpid()}) + "\n")
+
+    def _keys(self) -> str:
+        if self._needs_key:
+            return "needed, as `authorization: Bearer isk_...`; `isthmus keys create NAME` makes one"
+        return "none: anybody may call" if self._settings.insecure else "none yet: only this machine may call"
 
     def _keep_worker(self) -> bool:
         now = time.monotonic()
@@ -249,11 +265,18 @@ class _Watch:
 
 
 def readiness(url: str) -> dict[str, object] | None:
-    """Return what /readyz answers, or None while nothing useful does."""
-    host, _, port = url.removeprefix("http://").rpartition(":")
-    connection = http.client.HTTPConnection(host.strip("[]"), int(port), timeout=1.0)
+    """Return what /readyz answers, or None while nothing useful does.
+
+    Raises ValueError for what is not an http:// or https:// URL.
+    """
+    place = urlsplit(url)
+    if place.scheme not in {"http", "https"} or not place.hostname:
+        msg = f"{url!r} is not an http:// or https:// URL"
+        raise ValueError(msg)
+    kind = http.client.HTTPConnection if place.scheme == "http" else http.client.HTTPSConnection
+    connection = kind(place.hostname, place.port, timeout=1.0)
     try:
-        connection.request("GET", "/readyz")
+        connection.request("GET", f"{place.path.rstrip('/')}/readyz")
         response = connection.getresponse()
         body = response.read()
         return json.loads(body) if response.status == http.HTTPStatus.OK else None

@@ -30,7 +30,7 @@ _BUFFER_MS: Final = 200
 _ON_SOUND = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_int16), ctypes.c_int, ctypes.c_void_p)
 
 
-class SpeechUnavailable(RuntimeError):  # reads as what it is
+class SpeechUnavailable(RuntimeError):
     """espeak-ng cannot speak on this machine."""
 
 
@@ -50,7 +50,7 @@ def speak(lines: Sequence[Line]) -> tuple[list[NDArray[np.float32]], int]:
     Raises SpeechUnavailable where espeak-ng is not installed, lacks a voice or dies.
     """
     request = json.dumps([asdict(line) for line in lines]).encode()
-    done = subprocess.run(  # our own module
+    done = subprocess.run(
         [sys.executable, "-P", "-m", "service.demo.espeak"],
         input=request,
         capture_output=True,

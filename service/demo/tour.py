@@ -22,6 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Never
 
+import httpx
+
 from service.demo import digits, speech
 from service.demo.client import Client, DemoError, item, vectors
 from service.demo.figures import Figure, figures
@@ -60,6 +62,9 @@ def run(*, tars: Path | None, out: Path, keep: bool, seed: int, url: str | None 
         return 130
     except DemoError as error:
         print(f"isthmus: {error}", file=sys.stderr)
+        return 1
+    except (httpx.TransportError, httpx.InvalidURL) as error:
+        print(f"isthmus: {url or 'the service'} cannot be reached: {error}", file=sys.stderr)
         return 1
     if keep:
         print(f"the model and its data are kept: isthmus serve --data {KEPT}")

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import json
-import os
+import shutil
+import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,15 +15,17 @@ from service.cli import main
 from service.contract.dialects import open_engine
 
 
-def isthmus(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-P", "-m", "service.cli", *arguments],
-        env=os.environ | environment,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+@pytest.fixture
+def isthmus(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, str, str]]:
+    """Run a command on a database, and return its exit code and what it said on both streams."""
+
+    def run(database_url: str, *arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setenv("ISTHMUS_DATABASE_URL", database_url)
+        code = main(arguments)
+        said = capsys.readouterr()
+        return code, said.out, said.err
+
+    return run
 
 
 @pytest.mark.parametrize("command", ["serve", "api", "worker", "migrate", "demo", "keys", "openapi"])
@@ -45,37 +49,48 @@ def test_help_loads_neither_web_nor_learning() -> None:
     assert "serve" in done.stdout
 
 
-def test_a_database_is_migrated_and_keys_are_made_listed_and_revoked_in_it(empty_database_url: str) -> None:
-    there = {"ISTHMUS_DATABASE_URL": empty_database_url}
-    early = isthmus("keys", "list", **there)
-    assert early.returncode == 1
-    assert "isthmus migrate" in early.stderr
-    assert isthmus("migrate", **there).returncode == 0
-    assert isthmus("migrate", **there).returncode == 0
+def test_a_database_is_migrated_and_keys_are_made_listed_and_revoked_in_it(
+    empty_database_url: str, isthmus: Callable[..., tuple[int, str, str]]
+) -> None:
+    code, _, error = isthmus(empty_database_url, "keys", "list")
+    assert code == 1
+    assert "isthmus migrate" in error
+    assert isthmus(empty_database_url, "migrate")[0] == 0
+    assert isthmus(empty_database_url, "migrate")[0] == 0
 
-    made = isthmus("keys", "create", "laptop", "--scopes", "read,infer", "--expires-days", "30", **there)
-    key = made.stdout.strip()
+    wanted = ("laptop", "--scopes", "read,infer", "--expires-days", "30")
+    _, key, about = isthmus(empty_database_url, "keys", "create", *wanted)
     assert key.startswith("isk_")
-    listed = isthmus("keys", "list", **there).stdout
+    _, listed, _ = isthmus(empty_database_url, "keys", "list")
     assert "laptop" in listed
     assert "infer,read" in listed
-    assert key not in listed
+    assert "until 20" in listed
+    assert key.strip() not in listed
     key_id = listed.split()[0]
-    assert isthmus("keys", "revoke", key_id, **there).returncode == 0
-    assert "revoked" in isthmus("keys", "list", **there).stdout
+    assert key_id in about
+    assert isthmus(empty_database_url, "keys", "revoke", key_id)[0] == 0
+    assert "revoked" in isthmus(empty_database_url, "keys", "list")[1]
 
     engine = open_engine(empty_database_url)
     with engine.connect() as conn:
-        assert key not in str(conn.execute(sa.text("SELECT * FROM api_key")).all())
+        assert key.strip() not in str(conn.execute(sa.text("SELECT * FROM api_key")).all())
     engine.dispose()
 
 
-def test_what_keys_cannot_do_is_said(sqlite_template: Path) -> None:
-    there = {"ISTHMUS_DATABASE_URL": f"sqlite:///{sqlite_template}"}
-    wrong = isthmus("keys", "create", "x", "--scopes", "everything", **there)
-    assert (wrong.returncode, wrong.stdout) == (1, "")
-    assert "'read', 'infer', 'write' or 'admin'" in wrong.stderr
-    assert "there is no key key_x" in isthmus("keys", "revoke", "key_x", **there).stderr
+def test_what_keys_cannot_do_is_said(sqlite_template: Path, isthmus: Callable[..., tuple[int, str, str]]) -> None:
+    url = f"sqlite:///{sqlite_template}"
+    code, out, error = isthmus(url, "keys", "create", "x", "--scopes", "everything")
+    assert (code, out) == (1, "")
+    assert "'read', 'infer', 'write' or 'admin'" in error
+    assert "there is no key key_x" in isthmus(url, "keys", "revoke", "key_x")[2]
+
+
+def test_a_key_that_is_over_is_listed_as_expired(
+    sqlite_template: Path, tmp_path: Path, isthmus: Callable[..., tuple[int, str, str]]
+) -> None:
+    url = f"sqlite:///{shutil.copy(sqlite_template, tmp_path / 'keys.db')}"
+    isthmus(url, "keys", "create", "old", "--expires-days", "-1")
+    assert "expired" in isthmus(url, "keys", "list")[1]
 
 
 def test_a_setting_that_makes_no_sense_is_named(
@@ -86,13 +101,61 @@ def test_a_setting_that_makes_no_sense_is_named(
     assert "setting tick_s" in capsys.readouterr().err
 
 
-def test_a_bind_that_others_reach_needs_a_key(tmp_path: Path) -> None:
-    refused = isthmus("serve", "--host", "0.0.0.0", "--port", "0", "--data", str(tmp_path / "data"))
-    assert refused.returncode == 1
-    assert "isthmus keys create" in refused.stderr
+@pytest.mark.parametrize(
+    ("url", "said"),
+    [
+        ("postgresql://127.0.0.1:1/nobody", "the database cannot be used: connection failed"),
+        ("nonsense", "ISTHMUS_DATABASE_URL: Could not parse"),
+    ],
+)
+def test_a_database_that_is_not_there_is_said_in_a_line(
+    url: str, said: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ISTHMUS_DATABASE_URL", url)
+    assert main(["migrate"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"isthmus: {said}")
 
 
-def test_the_description_of_the_api_is_printed_as_json() -> None:
-    done = isthmus("openapi")
-    assert done.returncode == 0
-    assert "/v1/compose" in json.loads(done.stdout)["paths"]
+def test_a_lane_that_is_none_is_refused_before_anything_starts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["serve", "--lanes", "fast", "--data", str(tmp_path / "data")]) == 1
+    assert "unknown lane fast" in capsys.readouterr().err
+    assert not (tmp_path / "data").exists()
+
+
+@pytest.mark.parametrize(
+    ("url", "said"),
+    [
+        ("http://127.0.0.1:1", "is not ready"),
+        ("https://127.0.0.1:1/isthmus/", "is not ready"),
+        ("127.0.0.1:8000", "is not an http:// or https:// URL"),
+        ("http://[::1", "Invalid IPv6 URL"),
+        ("http://here:port", "Port could not be cast"),
+    ],
+)
+def test_health_of_what_does_not_answer_is_a_line_and_a_failure(
+    url: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["health", "--url", url]) == 1
+    assert said in "".join(capsys.readouterr())
+
+
+@pytest.mark.parametrize("key", [None, "isk_" + "0" * 32])
+def test_a_bind_that_others_reach_needs_a_key(
+    key: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if key is not None:
+        monkeypatch.setenv("ISTHMUS_API_KEY", key)
+    with socket.socket() as taken:  # as far as it gets with a key
+        taken.bind(("0.0.0.0", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        assert main(["serve", "--host", "0.0.0.0", "--port", port, "--data", str(tmp_path / "data")]) == 1
+    assert ("isthmus keys create" if key is None else "cannot be bound") in capsys.readouterr().err
+
+
+def test_the_description_of_the_api_is_printed_as_json(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["openapi"]) == 0
+    assert "/v1/compose" in json.loads(capsys.readouterr().out)["paths"]
