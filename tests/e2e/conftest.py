@@ -19,7 +19,6 @@ from typing import Any
 
 import httpx
 import numpy as np
-import psutil
 import pytest
 import soundfile
 from PIL import Image
@@ -71,16 +70,6 @@ class Running:
         response = self.http.get(f"/v1/jobs/{job}/events", headers={"accept": "text/event-stream"} | headers)
         assert response.headers["content-type"].startswith("text/event-stream")
         return response.text
-
-    def children(self) -> dict[str, psutil.Process]:
-        """Return the processes below `isthmus serve`, by the last words of their module."""
-        found: dict[str, psutil.Process] = {}
-        for child in psutil.Process(self.process.pid).children(recursive=True):
-            with contextlib.suppress(psutil.NoSuchProcess):
-                words = child.cmdline()
-                if "-m" in words:
-                    found[words[words.index("-m") + 1]] = child
-        return found
 
 
 @contextlib.contextmanager

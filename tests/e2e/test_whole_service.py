@@ -161,23 +161,6 @@ def test_a_training_job_survives_the_death_of_its_worker_and_its_model_is_served
         running.wait(job, status="cancelled", timeout_s=20)
 
 
-def test_nothing_is_left_running_when_the_service_is_stopped(serve: Any, tmp_path: Any) -> None:
-    with serve(tmp_path / "data") as running:
-        children = psutil.Process(running.process.pid).children(recursive=True)
-        assert len(children) >= 3
-    _, alive = psutil.wait_procs(children, timeout=5)
-    assert not alive
-    assert running.process.returncode == 0
-
-
-def test_a_killed_parent_takes_everything_with_it(serve: Any, tmp_path: Any) -> None:
-    with serve(tmp_path / "data") as running:
-        children = psutil.Process(running.process.pid).children(recursive=True)
-        running.process.kill()
-        _, alive = psutil.wait_procs(children, timeout=15)
-        assert not alive
-
-
 def _step(running: Any, job: str) -> int:
     return (running.get(f"/v1/jobs/{job}")["progress"] or {}).get("done") or 0
 

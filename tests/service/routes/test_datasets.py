@@ -46,7 +46,7 @@ async def test_an_upload_is_stored_and_its_ingest_queued(api: Any) -> None:
 @pytest.mark.parametrize(
     "filename", ["../../x.tar", "C:\\CON.tar", "/etc/x.zip", "x" * 3000 + ".parquet", "\u202ex.tar"]
 )
-async def test_66_a_file_name_never_reaches_the_store(small: Any, filename: str) -> None:
+async def test_a_file_name_never_reaches_the_store(small: Any, filename: str) -> None:
     response = await small.post(DATASETS, **form(content=b"x", filename=filename))
     assert response.status_code == 202
     key = response.json()["job"]["args"]["source"].removeprefix("store:")
@@ -110,7 +110,7 @@ async def test_an_upload_that_breaks_off_leaves_nothing_behind(small: Any) -> No
         "s3://[bucket/x",
     ],
 )
-async def test_42_places_that_a_worker_must_not_read_are_refused(small: Any, uri: str) -> None:
+async def test_places_that_a_worker_must_not_read_are_refused(small: Any, uri: str) -> None:
     response = await small.post(DATASETS, json={"name": "n", "uri": uri})
     assert (response.status_code, response.json()["error"]["param"]) == (422, "uri")
 
@@ -160,7 +160,7 @@ async def test_the_same_key_and_upload_give_the_first_answer_and_one_data_set(ap
     assert len(api.service.store.list("uploads")) == 1
 
 
-async def test_41_a_twin_of_an_upload_in_progress_is_409_and_says_when(small: Any) -> None:
+async def test_a_twin_of_an_upload_in_progress_is_409_and_says_when(small: Any) -> None:
     reading, release = asyncio.Event(), asyncio.Event()
 
     async def slow() -> AsyncIterator[bytes]:

@@ -135,7 +135,7 @@ async def test_openais_own_client_gets_both_encodings(api: Any) -> None:
         ({"input": ["x" * 10_000]}, 422, "input[0]"),
         ({"input": ["a"] * 101}, 422, "input"),
         ({"input": ["a" * 25] * 99}, 422, None),
-        ({"input": ["a", {"image": "data:image/png;base64,AAAA"}]}, None, "input[1]"),
+        ({"input": ["a", {"image": "data:image/png;base64,AAAA"}]}, 415, "input[1]"),
         ({"input": ["a", {"image": "!!!"}]}, 422, "input[1].image"),
         ({"input": [{"image": {"url": "http://127.0.0.1/"}}]}, 422, "input[0].image"),
         ({"input": [{"audio": png()}]}, 422, None),
@@ -144,29 +144,28 @@ async def test_openais_own_client_gets_both_encodings(api: Any) -> None:
         ({"input": [{"modality": "text", "embedding": [1.0] * 8}]}, 422, "input[0].embedding"),
         ({"input": "a", "modality": "smell"}, 422, "modality"),
         ({"input": ["a"], "modality": ["text", "text"]}, 422, "modality"),
-        ({"input": [""]}, None, None),
         ({"input": [[]]}, 422, None),
     ],
 )
 async def test_what_a_model_cannot_read_is_refused_with_its_place(
-    api: Any, body: dict[str, Any], status: int | None, param: str | None
+    api: Any, body: dict[str, Any], status: int, param: str | None
 ) -> None:
     response = await api.post("/v1/embeddings", json={"model": "a", **body})
-    assert response.status_code == status or (status is None and response.status_code in {200, 415, 422}), response.text
+    assert response.status_code == status, response.text
     if param is not None:
         assert response.json()["error"]["param"].startswith(param)
 
 
-@pytest.mark.parametrize("text", [" \t\n", "\u200b\u200d", "\U0001f468\u200d\U0001f469\u200d\U0001f467", "a" * 5])
-async def test_34_odd_text_gives_finite_vectors_or_422(api: Any, text: str) -> None:
-    for raw in (
-        json.dumps({"model": "a", "input": [text]}),
-        json.dumps({"model": "a", "input": [text]}, ensure_ascii=False),
-    ):
+@pytest.mark.parametrize("text", ["", " \t\n", "\u200b\u200d", "\U0001f468\u200d\U0001f469\u200d\U0001f467", "a" * 5])
+async def test_odd_text_has_one_finite_vector_however_it_is_escaped(api: Any, text: str) -> None:
+    body = {"model": "a", "input": [text]}
+    found: list[list[float]] = []
+    for raw in (json.dumps(body), json.dumps(body, ensure_ascii=False)):
         response = await api.post("/v1/embeddings", content=raw.encode(), headers=JSON)
-        assert response.status_code in {200, 422}
-        if response.status_code == 200:
-            assert np.isfinite(response.json()["data"][0]["embedding"]).all()
+        assert response.status_code == 200, response.text
+        found.append(response.json()["data"][0]["embedding"])
+    assert np.isfinite(found).all()
+    assert np.allclose(found[0], found[1], atol=1e-6)
 
 
 async def test_long_text_is_cut_when_asked(api: Any) -> None:

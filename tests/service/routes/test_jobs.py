@@ -110,7 +110,7 @@ async def test_a_recipe_is_held_against_its_data_sets(api: Any) -> None:
     assert (await api.post(JOBS, json=TRAIN | {"recipe": RECIPE | {"pairs": pairs}})).status_code == 409
 
 
-async def test_26_many_twins_with_one_key_make_one_job_and_get_one_answer(api: Any) -> None:
+async def test_many_twins_with_one_key_make_one_job_and_get_one_answer(api: Any) -> None:
     add_dataset(api)
     headers = {"idempotency-key": "k"}
     answers = await asyncio.gather(*(api.post(JOBS, json=TRAIN, headers=headers) for _ in range(20)))

@@ -51,7 +51,7 @@ async def test_a_key_is_shown_once_and_kept_as_a_hash(api: Any) -> None:
     assert (await api.client.delete("/v1/keys/key_none", headers=bearer(admin))).status_code == 404
 
 
-async def test_77_whatever_is_wrong_with_a_key_the_answer_is_the_same(small: Any) -> None:
+async def test_whatever_is_wrong_with_a_key_the_answer_is_the_same(small: Any) -> None:
     good = key_for(small)
     expired = key_for(small, expires_at=datetime.now(UTC) - timedelta(seconds=1))
     headers = [
@@ -157,7 +157,7 @@ async def test_a_key_from_the_settings_is_there_from_the_first_start(start: Any,
             pass
 
 
-async def test_78_another_tenants_things_are_answered_like_unknown_ones(api: Any) -> None:
+async def test_another_tenants_things_are_answered_like_unknown_ones(api: Any) -> None:
     with api.service.database.engine.begin() as conn:
         theirs = {"tenant_id": "other", "artifact": "x/y"}
         conn.execute(sa.insert(dataset).values(id="ds_b", tenant_id="other", name="n", source="s"))
