@@ -7,8 +7,7 @@ import threading
 import time
 from typing import final
 
-from sqlalchemy.exc import DBAPIError
-from sqlalchemy.exc import TimeoutError as PoolTimeout
+from sqlalchemy.exc import SQLAlchemyError
 
 from service.contract import leases
 from service.contract.dialects import open_engine
@@ -61,7 +60,7 @@ class Heartbeat:
                 continue
             try:
                 answer = leases.heartbeat(self._engine, worker_id)
-            except (DBAPIError, PoolTimeout) as error:
+            except SQLAlchemyError as error:  # whatever it is, the next beat may get through
                 self._well_since = None
                 _log.warning("heartbeat failed", extra={"fields": {"worker": worker_id, "error": _first_line(error)}})
                 continue
