@@ -174,6 +174,7 @@ def _api(settings: Settings, fd: int | None) -> int:
     import uvicorn
 
     from service.app import create_app
+    from service.edge.connection import BoundedProtocol
     from service.serve import StartError, bind
 
     try:
@@ -192,6 +193,7 @@ def _api(settings: Settings, fd: int | None) -> int:
 
     config = uvicorn.Config(
         app,
+        http=BoundedProtocol,
         log_level="warning",
         access_log=False,
         server_header=False,

@@ -12,20 +12,21 @@ from starlette.responses import StreamingResponse
 
 from service.contract.errors import NotFound
 from service.deps import Service
-from service.edge.problems import render
+from service.edge.problems import ErrorBody, render
 from service.resources import File, FileList
 
 PIECE_BYTES: Final = 1 << 20
 RANGE: Final = re.compile(r"^bytes=(\d{0,18})-(\d{0,18})\Z")
 MEDIA_TYPES: Final = {"json": "application/json", "csv": "text/csv", "txt": "text/plain"}
 
+_BYTES: Final = {"schema": {"type": "string", "format": "binary"}}
+_FILE: Final[dict[str, Any]] = dict.fromkeys(["application/octet-stream", *MEDIA_TYPES.values()], _BYTES) | {
+    "application/json": {"schema": {}, "example": {"dimensions": 256}}
+}
 DOWNLOAD: Final[dict[int | str, dict[str, Any]]] = {
-    200: {
-        "description": "The file.",
-        "content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}},
-    },
-    206: {"description": "The range of it that was asked for."},
-    416: {"description": "The range is none of this file's."},
+    200: {"description": "The file.", "content": _FILE},
+    206: {"description": "The range of it that was asked for.", "content": _FILE},
+    416: {"description": "The range is none of this file's.", "model": ErrorBody},
 }
 
 

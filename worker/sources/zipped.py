@@ -142,6 +142,8 @@ def _check_directory_size(stream: BinaryIO, title: str) -> int:
     if start < 0 or len(tail) < start + END.size:
         raise Permanent(f"{title} is cut off: it has no zip directory")
     directory_bytes = cast("int", END.unpack_from(tail, start)[5])
+    if not directory_bytes:
+        raise Permanent(f"{title} holds no files")
     # 0xFFFFFFFF: the real size is in the zip64 record just before; the directory is at most what precedes it.
     if directory_bytes == 0xFFFFFFFF and (record := tail.rfind(b"PK\6\6", 0, start)) >= 0 and len(tail) > record + 48:
         (directory_bytes,) = struct.unpack_from("<Q", tail, record + 40)

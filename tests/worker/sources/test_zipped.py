@@ -72,6 +72,11 @@ def test_one_hostile_name_refuses_the_whole_archive(tmp_path: Path, read, name: 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["x.zip"]
 
 
+def test_an_empty_archive_is_refused_for_good(tmp_path: Path, read):
+    with pytest.raises(Permanent, match="holds no files"):
+        read(write_zip(tmp_path / "x.zip", {}))
+
+
 def test_links_are_refused(tmp_path: Path, read):
     info = zipfile.ZipInfo("1.txt")
     info.external_attr = 0o120777 << 16
