@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Coroutine
-from typing import Any, Final, cast
+from typing import Any, Final, cast, final
 
 from fastapi import Request, Response
 from fastapi.routing import APIRoute
@@ -92,17 +92,24 @@ def check_headers(request: Request, *accepted: str) -> None:
         raise UnsupportedMedia(f"content-type must be {' or '.join(accepted)}")
 
 
-async def read_json(request: Request) -> Any:
-    """Read a request's JSON body; None if it is empty."""
-    body = await request.body()
-    return parse_json(body) if body else None
-
-
 class _StrictRequest(Request):
     async def json(self) -> Any:
         return self.scope["isthmus.json"]
 
 
+async def read_strictly(request: Request) -> Request:
+    """Read a request's JSON body by `parse_json` and return the request that a handler finds it in.
+
+    Raises UnsupportedMedia, Malformed or Invalid.
+    """
+    check_headers(request, "application/json")
+    strict = _StrictRequest(request.scope, request.receive)
+    body = await strict.body()
+    strict.scope["isthmus.json"] = parse_json(body) if body else None
+    return strict
+
+
+@final
 class StrictRoute(APIRoute):
     """A route whose JSON body is read by `parse_json`."""
 
@@ -113,9 +120,6 @@ class StrictRoute(APIRoute):
             return handle
 
         async def handle_strictly(request: Request) -> Response:
-            check_headers(request, "application/json")
-            strict = _StrictRequest(request.scope, request.receive)
-            strict.scope["isthmus.json"] = await read_json(strict)
-            return await handle(strict)
+            return await handle(await read_strictly(request))
 
         return handle_strictly

@@ -25,13 +25,13 @@ from service.contract.items import AnyItem, TextItem
 from service.contract.operations import ClassifyRequest, ClassifyResponse
 from service.contract.settings import Settings
 from service.deps import Inferrer, Running, Service
-from service.edge.bodies import StrictRoute
 from service.edge.problems import documented
 from service.inference.answers import check_matches, respond
+from service.inference.hangups import InferenceRoute
 from service.inference.inputs import Timings, encode, listed, places
 from service.inference.label_cache import LabelCache
 
-router = APIRouter(tags=["inference"], prefix="/v1", route_class=StrictRoute)
+router = APIRouter(tags=["inference"], prefix="/v1", route_class=InferenceRoute)
 
 
 @dataclass(frozen=True)

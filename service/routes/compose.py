@@ -19,14 +19,14 @@ from service.contract.operations import ComposeRequest, ComposeResponse, Embeddi
 from service.contract.tokens.read import read_item
 from service.contract.wire import Arrays, ComposeAnswer, ComposeCall
 from service.deps import Inferrer, Running, Service
-from service.edge.bodies import StrictRoute
 from service.edge.problems import documented
 from service.inference.answers import check_matches, respond
+from service.inference.hangups import InferenceRoute
 from service.inference.inputs import Timings, encode, listed, places
 from service.inference.legs import Leg, Way, along, within
 from service.keys import Caller
 
-router = APIRouter(tags=["inference"], prefix="/v1", route_class=StrictRoute)
+router = APIRouter(tags=["inference"], prefix="/v1", route_class=InferenceRoute)
 
 
 @dataclass(frozen=True)

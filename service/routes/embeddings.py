@@ -14,12 +14,12 @@ from service.contract.errors import Invalid, NotFound, TooLarge, UnsupportedMedi
 from service.contract.items import EmbeddingItem
 from service.contract.operations import EmbeddingsRequest, EmbeddingsResponse
 from service.deps import Inferrer, Running
-from service.edge.bodies import StrictRoute
 from service.edge.problems import documented
 from service.inference.answers import respond
+from service.inference.hangups import InferenceRoute
 from service.inference.inputs import Timings, encode, listed, places
 
-router = APIRouter(tags=["inference"], prefix="/v1", route_class=StrictRoute)
+router = APIRouter(tags=["inference"], prefix="/v1", route_class=InferenceRoute)
 
 
 @router.post(

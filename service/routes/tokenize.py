@@ -11,12 +11,12 @@ from service.contract.errors import Invalid, NotFound, TooLarge, UnsupportedMedi
 from service.contract.items import EmbeddingItem
 from service.contract.operations import TokenizeRequest, TokenizeResponse
 from service.deps import Inferrer, Running
-from service.edge.bodies import StrictRoute
 from service.edge.problems import documented
 from service.inference.answers import respond
+from service.inference.hangups import InferenceRoute
 from service.inference.inputs import Timings, listed, places, tokenise
 
-router = APIRouter(tags=["inference"], prefix="/v1", route_class=StrictRoute)
+router = APIRouter(tags=["inference"], prefix="/v1", route_class=InferenceRoute)
 
 
 @router.post(
