@@ -12,6 +12,7 @@ from collections.abc import MutableMapping
 from typing import Any, Final, final
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.contract.errors import IsthmusError
@@ -25,6 +26,7 @@ log = logging.getLogger(__name__)
 SANE_ID: Final = re.compile(r"^[A-Za-z0-9_.:-]{1,128}\Z")
 MAX_HEADER_VALUE: Final = 8192
 NO_KEY_NEEDED: Final = frozenset({"/healthz", "/readyz", "/metrics", "/docs", "/openapi.json"})
+GONE: Final = 499  # for our own counters: a caller who hung up is nobody's error
 SECURITY: Final = {
     "cache-control": "no-store",
     "x-content-type-options": "nosniff",
@@ -54,6 +56,8 @@ class Edge:
                 await refusal(scope, receive, answer.send)
             else:
                 await self.app(scope, receive, answer.send)
+        except ClientDisconnect:
+            answer.status = answer.status or GONE  # in the middle of its body: there is nobody to answer
         except Exception:
             # A bug: the log gets everything, the caller the id to ask about.
             log.exception("request %s failed: %s %s", answer.request_id, scope["method"], scope["path"])
