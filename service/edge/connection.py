@@ -105,7 +105,8 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def _refuse(self, status: int, message: str) -> None:
         cycle = cast("RequestResponseCycle | None", self.cycle)
-        if cycle is None or cycle.response_complete:  # else it would fall into another answer
+        # Never in the middle of another answer.
+        if cycle is None or cycle.response_complete or not cycle.response_started:
             answer = render(status, message, "invalid_request_error", headers={"connection": "close"})
             headers = [*answer.raw_headers, (b"x-request-id", new_id("req").encode())]
             lines = [b"HTTP/1.1 %d \r\n" % status, *(b"%b: %b\r\n" % each for each in headers), b"\r\n"]

@@ -107,3 +107,4 @@ async def test_a_long_answer_is_not_cut_by_the_time_for_heads(port: int) -> None
 
 async def test_what_is_not_http_is_answered_like_everything_else(port: int) -> None:
     refused(await send(port, b"\x16\x03\x01\x02\x00\x01\r\n\r\n"), 400)
+    refused(await send(port, HEAD + b"transfer-encoding: chunked\r\n\r\n", b"zz\r\n"), 400)
