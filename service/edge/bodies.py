@@ -16,6 +16,7 @@ from fastapi.routing import APIRoute
 from service.contract.errors import Invalid, Malformed, UnsupportedMedia
 
 MAX_KEYS: Final = 10_000
+MAX_BRACKETS: Final = 2 << 20  # a vector for each token that a request may hold by far; brackets within text count too
 
 
 def parse_json(body: bytes) -> Any:
@@ -23,6 +24,9 @@ def parse_json(body: bytes) -> Any:
 
     Raises Malformed for bytes that are not JSON in UTF-8, Invalid for NUL characters in text.
     """
+    # An empty array takes two bytes to send and twenty times as many to hold.
+    if body.count(b"[") + body.count(b"{") > MAX_BRACKETS:
+        raise Malformed(f"the body holds more than {MAX_BRACKETS:,} arrays and objects")
     try:
         document = json.loads(body.decode("utf-8"), parse_constant=_no_constant, object_pairs_hook=_unique)
     except UnicodeDecodeError:
