@@ -12,7 +12,7 @@ from PIL import Image
 from service.demo.specimens import Collection, Specimen
 
 STEPS: Final = 600  # half of them on each pair
-STEPS_OF_OTHERS: Final = 1000  # for data that we do not know
+STEPS_OF_OTHERS: Final = 1500  # for data that we do not know
 BATCH: Final = 128
 _TOWER: Final = {"width": 64, "depth": 2, "heads": 4, "dropout": 0.1}
 
