@@ -22,6 +22,7 @@ from service.contract.settings import Settings
 from service.contract.tokens.decode import Limits
 from service.database import THREADS, Database
 from service.deps import Service
+from service.edge.docs import add_docs
 from service.edge.middleware import Edge
 from service.edge.problems import EVERYWHERE, on_http_exception, on_isthmus_error, on_validation_error
 from service.edge.telemetry import Telemetry
@@ -78,7 +79,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         version=code_version(),
         lifespan=lifespan,
         openapi_url="/openapi.json" if settings.docs else None,
-        docs_url="/docs" if settings.docs else None,
+        docs_url=None,
         redoc_url=None,
         openapi_tags=TAGS,
         redirect_slashes=False,
@@ -93,6 +94,8 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     for part in (tokenize, embeddings, classify, compose):
         app.include_router(part.router, responses=EVERYWHERE, max_body_size=settings.max_body_bytes)
     app.include_router(datasets.router, responses=EVERYWHERE, max_body_size=settings.max_upload_bytes)
+    if settings.docs:
+        add_docs(app)
     app.openapi = lambda: _openapi(app)
     return app
 

@@ -18,6 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from service.contract.errors import IsthmusError
 from service.contract.word import new_id
 from service.deps import Service, service_of
+from service.edge.docs import ASSETS
 from service.edge.problems import render, render_error
 from service.edge.telemetry import Telemetry
 
@@ -72,7 +73,7 @@ class Edge:
 
 async def _admit(service: Service, scope: Scope, answer: _Answer) -> ASGIApp | None:
     """Put the caller into the scope, or return the refusal; no body is read for an unknown caller."""
-    if scope["path"] in NO_KEY_NEEDED:
+    if scope["path"] in NO_KEY_NEEDED or scope["path"].startswith(f"{ASSETS}/"):
         return None
     headers = answer.headers
     if len(headers.get("authorization", "")) > MAX_HEADER_VALUE:
