@@ -84,7 +84,9 @@ def _network_faults() -> tuple[type[Exception], ...]:
     """List what the clients of object stores raise: OSError, and what is loaded of their own."""
     faults: list[type[Exception]] = [OSError]
     try:
-        from botocore.exceptions import BotoCoreError  # noqa: PLC0415 - only the s3 extra has it
+        from botocore.exceptions import (  # noqa: PLC0415 - only the s3 extra has it
+            BotoCoreError,  # pyright: ignore[reportMissingImports, reportUnknownVariableType]
+        )
 
         faults.append(cast("type[Exception]", BotoCoreError))
     except ImportError:

@@ -9,7 +9,7 @@ import json
 import shutil
 from typing import TYPE_CHECKING, Any
 
-import httpx
+import httpx2
 import numpy as np
 import openai
 import pytest
@@ -113,9 +113,9 @@ async def test_items_of_every_form_become_unit_vectors(api: Any) -> None:
 
 
 async def test_openais_own_client_gets_both_encodings(api: Any) -> None:
-    transport = api.client._transport
+    transport = httpx2.ASGITransport(api.client._transport.app)
     async with openai.AsyncOpenAI(
-        base_url="http://localhost/v1", api_key="none", http_client=httpx.AsyncClient(transport=transport)
+        base_url="http://localhost/v1", api_key="none", http_client=httpx2.AsyncClient(transport=transport)
     ) as client:
         packed = await client.embeddings.create(model="a", input=["one", "two"])
         plain = await client.embeddings.create(model="a", input=["one", "two"], encoding_format="float")
