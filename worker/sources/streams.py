@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import io
+import sys
 from collections.abc import Generator
 from contextlib import contextmanager
-from functools import cache
 from typing import BinaryIO, Final, cast, final
 
 from typing_extensions import override
@@ -79,22 +79,7 @@ def translated(name: str) -> Generator[None]:
         raise Transient(f"{name} could not be read: {type(error).__name__}") from error
 
 
-@cache
 def _network_faults() -> tuple[type[Exception], ...]:
     """List what the clients of object stores raise: OSError, and what is loaded of their own."""
-    faults: list[type[Exception]] = [OSError]
-    try:
-        from botocore.exceptions import (  # noqa: PLC0415 - only the s3 extra has it
-            BotoCoreError,  # pyright: ignore[reportMissingImports, reportUnknownVariableType]
-        )
-
-        faults.append(cast("type[Exception]", BotoCoreError))
-    except ImportError:
-        pass
-    try:
-        from aiohttp import ClientError  # noqa: PLC0415
-
-        faults.append(ClientError)
-    except ImportError:
-        pass
-    return tuple(faults)
+    own = (("botocore.exceptions", "BotoCoreError"), ("aiohttp", "ClientError"))
+    return (OSError, *(getattr(sys.modules[module], name) for module, name in own if module in sys.modules))
