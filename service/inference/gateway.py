@@ -93,7 +93,7 @@ class Gateway:
         await asyncio.gather(*tasks, return_exceptions=True)
         await self._workers.stop()
 
-    async def ready(self) -> bool:
+    def ready(self) -> bool:
         """Tell whether a worker can be called."""
         return self._workers.any_ready()
 

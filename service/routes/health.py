@@ -50,7 +50,7 @@ async def get_readiness(service: Running, response: Response) -> Readiness:
     except IsthmusError:
         lanes = None
         missing.append("database")
-    inference = await service.gateway.ready()
+    inference = service.gateway.ready()
     if not inference:
         missing.append("inference")
     missing += [f"worker for {lane} jobs" for lane in ("train", "bulk") if lanes is not None and lane not in lanes]

@@ -117,7 +117,7 @@ async def test_vectors_come_back_in_order_with_their_timings(
     assert timings.inference_ms > 0
     one_by_one = [(await gateway.embed(model, "text", [item]))[0][0] for item in items[:5]]
     np.testing.assert_allclose(vectors[:5], one_by_one, atol=1e-5)
-    assert await gateway.ready()
+    assert gateway.ready()
 
 
 async def test_requests_that_come_together_share_calls(gateway: Gateway, model: ModelRef, draw_tokens: Any) -> None:
@@ -211,7 +211,7 @@ async def test_without_a_worker_the_answer_says_what_is_missing(
     rows: sa.Engine, model: ModelRef, draw_tokens: Any
 ) -> None:
     async with opened(rows) as gateway:
-        assert not await gateway.ready()
+        assert not gateway.ready()
         with pytest.raises(Unavailable, match="no worker serves") as caught:
             await gateway.embed(model, "text", texts(draw_tokens, 1))
         assert caught.value.retry_after_s >= 1
@@ -223,7 +223,7 @@ async def test_a_worker_that_appears_is_found(
     async with opened(rows) as gateway:
         add_worker(rows, inference.endpoint)
         for _ in range(100):
-            if await gateway.ready():
+            if gateway.ready():
                 break
             await asyncio.sleep(0.05)
         await gateway.embed(model, "text", texts(draw_tokens, 1))

@@ -62,7 +62,7 @@ async def api(start: Any, served: Any, sqlite_template: Path, tmp_path: Path) ->
             running.add_model(model_id, ref, name=model_id.replace("model_", ""))
         running.service.gateway._workers.look_again()
         for _ in range(100):
-            if await running.service.gateway.ready():
+            if running.service.gateway.ready():
                 break
             await asyncio.sleep(0.02)
         yield running
