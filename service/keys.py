@@ -7,7 +7,6 @@ the right one. Without any key in the database the service is open on a loopback
 from __future__ import annotations
 
 import hashlib
-import ipaddress
 import logging
 import math
 import re
@@ -26,6 +25,7 @@ from sqlalchemy.dialects.postgresql import insert
 
 from service.contract.dialects import now
 from service.contract.errors import Forbidden, TooMany, Unauthenticated, Unavailable
+from service.contract.host import is_loopback
 from service.contract.settings import Settings
 from service.contract.tables import api_key, owned
 from service.contract.word import ALPHABET, Moment, Name, Word, new_id
@@ -126,16 +126,6 @@ def revoke_key(conn: sa.Connection, tenant: str, key_id: str) -> bool:
 def any_key(conn: sa.Connection) -> bool:
     """Tell whether a key was ever made: revoking the last one does not open the service."""
     return conn.execute(sa.select(api_key.c.id).limit(1)).first() is not None
-
-
-def is_loopback(host: str) -> bool:
-    """Tell whether an address to bind, or a Host header's name, is this machine's own."""
-    if host.lower() in {"localhost", "localhost."}:
-        return True
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return False
 
 
 def _name_in(url: str) -> str:

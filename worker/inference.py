@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ipaddress
 import json
 import logging
 import os
@@ -16,7 +15,7 @@ import time
 from pathlib import Path
 from typing import Any, Final, final
 
-from service.contract.host import leave_socket_folder, make_socket_folder
+from service.contract.host import is_loopback, leave_socket_folder, make_socket_folder
 from service.contract.settings import Settings
 from worker.child import ending
 
@@ -131,7 +130,7 @@ def endpoints(settings: Settings) -> tuple[str, str]:
         msg = f"ISTHMUS_WORKER_LISTEN: {settings.worker_listen} is not host:port"
         raise ValueError(msg)
     name = host.strip("[]")
-    if not _is_loopback(name) and settings.worker_token is None:
+    if not is_loopback(name) and settings.worker_token is None:
         msg = "ISTHMUS_WORKER_LISTEN: an address that other hosts reach needs ISTHMUS_WORKER_TOKEN"
         raise ValueError(msg)
     if settings.worker_advertise is not None:
@@ -143,15 +142,6 @@ def endpoints(settings: Settings) -> tuple[str, str]:
         # Under compose and in most networks a host is known by its name, so every replica has one of its own.
         return settings.worker_listen, f"http://{socket.gethostname()}:{port}"
     return settings.worker_listen, f"http://{settings.worker_listen}"
-
-
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def _sweep(folder: Path) -> None:

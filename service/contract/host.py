@@ -1,9 +1,10 @@
-"""What a process knows about the machine under it: its boot, its name, and a private folder for sockets."""
+"""What a process knows about the machine under it: its boot, its names, and a private folder for sockets."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import ipaddress
 import os
 import socket
 import stat
@@ -28,6 +29,16 @@ def host_name() -> str:
     """
     space = Path("/proc/self/ns/pid")
     return f"{socket.gethostname()} {space.readlink()}" if space.is_symlink() else socket.gethostname()
+
+
+def is_loopback(host: str) -> bool:
+    """Tell whether an address to bind, or a name in a URL or a header, is this machine's own."""
+    if host.lower() in {"localhost", "localhost."}:
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
 
 
 def socket_folder(data: Path) -> Path:

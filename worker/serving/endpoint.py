@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import ipaddress
 import os
 import socket
 import stat
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any, Final, cast
+
+from service.contract.host import is_loopback
 
 UNIX: Final = "unix:"
 BACKLOG: Final = 2048
@@ -35,7 +36,7 @@ def listen(endpoint: str, token: str | None) -> Generator[socket.socket]:
     if not host or not port.isdecimal() or int(port) > MAX_PORT:
         msg = f"{endpoint!r} is neither unix:/path nor host:port"
         raise BadEndpoint(msg)
-    if token is None and not _is_loopback(host):
+    if token is None and not is_loopback(host):
         msg = f"{host} can be reached from other machines: set ISTHMUS_WORKER_TOKEN, or listen on 127.0.0.1"
         raise BadEndpoint(msg)
     try:
@@ -86,12 +87,3 @@ def _remove_stale(path: Path) -> None:
             return
     msg = f"another process listens on {path}"
     raise BadEndpoint(msg)
-
-
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
