@@ -19,7 +19,7 @@ from service.contract.errors import IsthmusError
 from service.contract.word import new_id
 from service.deps import Service, service_of
 from service.edge.docs import ASSETS
-from service.edge.problems import render, render_error
+from service.edge.problems import GONE, render, render_error
 from service.edge.telemetry import Telemetry
 
 log = logging.getLogger(__name__)
@@ -27,7 +27,6 @@ log = logging.getLogger(__name__)
 SANE_ID: Final = re.compile(r"^[A-Za-z0-9_.:-]{1,128}\Z")
 MAX_HEADER_VALUE: Final = 8192
 NO_KEY_NEEDED: Final = frozenset({"/healthz", "/readyz", "/metrics", "/docs", "/openapi.json"})
-GONE: Final = 499  # for our own counters: a caller who hung up is nobody's error
 SECURITY: Final = {
     "cache-control": "no-store",
     "x-content-type-options": "nosniff",

@@ -51,6 +51,7 @@ STATUSES: Final[dict[type[IsthmusError], tuple[int, str]]] = {
     TooMany: (429, "rate_limit_error"),
     Unavailable: (503, "server_error"),
 }
+GONE: Final = 499  # for our own counters: a caller who hung up is nobody's error, and hears nothing
 
 
 class ErrorDetail(Word):

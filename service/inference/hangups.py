@@ -11,10 +11,10 @@ from fastapi.routing import APIRoute
 from typing_extensions import override
 
 from service.edge.bodies import read_strictly
+from service.edge.problems import GONE
 
 AFTER_S: Final = 0.2
 """Most answers are out by then, and listening costs a task."""
-GONE: Final = 499  # for our own counters: nobody hears it
 
 Handle = Callable[[Request], Coroutine[Any, Any, Response]]
 

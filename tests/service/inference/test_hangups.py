@@ -11,7 +11,8 @@ import sqlalchemy as sa
 from service.contract.dialects import now
 from service.contract.host import boot_id
 from service.contract.tables import worker
-from service.inference.hangups import AFTER_S, GONE
+from service.edge.problems import GONE
+from service.inference.hangups import AFTER_S
 
 pytestmark = pytest.mark.anyio
 
