@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
-from typing import Any, BinaryIO, Final
+from typing import Annotated, Any, BinaryIO, Final
 
-from fastapi import Response
+from fastapi import Header, Response
 from starlette.responses import StreamingResponse
 
 from service.contract.errors import NotFound
@@ -28,6 +28,8 @@ DOWNLOAD: Final[dict[int | str, dict[str, Any]]] = {
     206: {"description": "The range of it that was asked for.", "content": _FILE},
     416: {"description": "The range is none of this file's.", "model": ErrorBody},
 }
+
+WantedRange = Annotated[str | None, Header(alias="range", description="one range of bytes")]
 
 
 async def list_files(service: Service, key: str) -> FileList:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
 import sqlalchemy as sa
-from fastapi import APIRouter, Header, Response
+from fastapi import APIRouter, Response
 
 from service.contract.dialects import now
 from service.contract.errors import NotFound
 from service.contract.tables import embedding_set, owned
 from service.deps import Reader, Running, Writer
-from service.edge.downloads import DOWNLOAD, list_files, send_file
+from service.edge.downloads import DOWNLOAD, WantedRange, list_files, send_file
 from service.edge.paging import WantedPage, check_id, select_page
 from service.edge.problems import documented
 from service.embedding_sets import get_row
@@ -79,7 +77,7 @@ async def download(
     caller: Reader,
     set_id: str,
     path: str,
-    wanted_range: Annotated[str | None, Header(alias="range", description="one range of bytes")] = None,
+    wanted_range: WantedRange = None,
 ) -> Response:
     """Download a file, or one range of its bytes."""
     row = await get_row(service, caller.tenant, check_id(set_id))

@@ -23,7 +23,7 @@ from service.contract.word import Moment, Name, Word
 from service.deps import IdempotencyKey, Reader, Running, Service, Writer
 from service.edge import idempotency
 from service.edge.bodies import StrictRoute
-from service.edge.downloads import DOWNLOAD, list_files, send_file
+from service.edge.downloads import DOWNLOAD, WantedRange, list_files, send_file
 from service.edge.idempotency import Answer
 from service.edge.paging import WantedPage, check_id, select_page
 from service.edge.problems import documented
@@ -397,7 +397,7 @@ async def download(
     caller: Reader,
     job_id: str,
     path: str,
-    wanted_range: Annotated[str | None, Header(alias="range", description="one range of bytes")] = None,
+    wanted_range: WantedRange = None,
 ) -> Response:
     """Download a file, or one range of its bytes."""
     return await send_file(service, await _artifact(service, caller, job_id), path, wanted_range)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Any, Final
 
 import sqlalchemy as sa
-from fastapi import APIRouter, Header, Response
+from fastapi import APIRouter, Response
 from pydantic import Field, StrictStr
 
 from service.aliases import check_alias
@@ -16,7 +16,7 @@ from service.contract.tables import alias, job, job_input, model, owned
 from service.contract.word import Word
 from service.deps import Reader, Running, Service, Writer
 from service.edge.bodies import StrictRoute
-from service.edge.downloads import DOWNLOAD, list_files, send_file
+from service.edge.downloads import DOWNLOAD, WantedRange, list_files, send_file
 from service.edge.paging import WantedPage, check_id, select_page
 from service.edge.problems import documented
 from service.keys import Caller
@@ -174,7 +174,7 @@ async def download(
     caller: Reader,
     name: str,
     path: str,
-    wanted_range: Annotated[str | None, Header(alias="range", description="one range of bytes")] = None,
+    wanted_range: WantedRange = None,
 ) -> Response:
     """Download a file, or one range of its bytes."""
     return await send_file(service, await _artifact(service, caller, name), path, wanted_range)
