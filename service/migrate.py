@@ -7,7 +7,6 @@ from pathlib import Path
 import sqlalchemy as sa
 from alembic import command
 from alembic.config import Config
-from alembic.script import ScriptDirectory
 
 
 def script_folder() -> Path:
@@ -22,20 +21,11 @@ def upgrade(url: str, revision: str = "head") -> None:
 
     Two migrations at once wait for each other. Raises what the database raises.
     """
-    command.upgrade(_config(url), revision)
+    command.upgrade(config_of(url), revision)
 
 
-def downgrade(url: str, revision: str) -> None:
-    """Take the database at a SQLAlchemy URL back to a revision; `base` is an empty one."""
-    command.downgrade(_config(url), revision)
-
-
-def head() -> str | None:
-    """Return the revision that this version expects."""
-    return ScriptDirectory(str(script_folder())).get_current_head()
-
-
-def _config(url: str) -> Config:
+def config_of(url: str) -> Config:
+    """Return what Alembic's commands take for the database at a SQLAlchemy URL."""
     parsed = sa.make_url(url)
     if parsed.get_backend_name() == "sqlite" and parsed.database and parsed.database != ":memory:":
         Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)

@@ -7,12 +7,14 @@ from subprocess import Popen
 from typing import Any
 
 import sqlalchemy as sa
+from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
+from alembic.script import ScriptDirectory
 
 from service.contract.dialects import open_engine
 from service.contract.tables import metadata
-from service.migrate import downgrade, head, script_folder, upgrade
+from service.migrate import config_of, script_folder, upgrade
 
 
 def _difference(url: str) -> list[object]:
@@ -60,7 +62,7 @@ def test_indexes_constraints_and_storage_are_those_of_tables(database_url: str, 
 
 def test_upgrade_downgrade_upgrade(empty_database_url: str) -> None:
     upgrade(empty_database_url)
-    downgrade(empty_database_url, "base")
+    command.downgrade(config_of(empty_database_url), "base")
     engine = open_engine(empty_database_url)
     with engine.connect() as connection:
         assert sa.inspect(connection).get_table_names() == ["alembic_version"]
@@ -83,4 +85,4 @@ def test_upgrading_makes_the_folder_of_an_sqlite_file(tmp_path: Path) -> None:
 
 def test_the_scripts_are_found_in_a_checkout() -> None:
     assert (script_folder() / "env.py").exists()
-    assert head() == "0001"
+    assert ScriptDirectory(str(script_folder())).get_current_head() == "0001"

@@ -77,13 +77,6 @@ def _fitted(picture: Image.Image, config: ImageTokens) -> Image.Image:
     return picture.resize(size, Image.Resampling.BICUBIC, box=box, reducing_gap=REDUCING_GAP)
 
 
-def unpatch(tokens: UInt8[np.ndarray, "token value"], config: ImageTokens) -> UInt8[np.ndarray, "size size channel"]:
-    """Put patches back together into the picture that they were cut from."""
-    side, patch = config.size // config.patch, config.patch
-    grid = tokens.reshape(side, side, patch, patch, config.channels)
-    return np.ascontiguousarray(grid.transpose(0, 2, 1, 3, 4)).reshape(config.size, config.size, config.channels)
-
-
 def ready(values: np.ndarray, config: ImageTokens) -> UInt8[np.ndarray, "token value"]:
     """Check patches that were made before: (token, value), whole numbers from 0 to 255.
 

@@ -10,7 +10,7 @@ from PIL import Image
 
 from service.contract.errors import Invalid
 from service.contract.modality import ImageTokens
-from service.contract.tokens.image import patches, unpatch
+from service.contract.tokens.image import patches
 from service.contract.tokens.tokenise import EncodedRaw, PixelsRaw, ReadyRaw, TextRaw, WaveRaw, build
 
 
@@ -27,6 +27,13 @@ def noise(height: int, width: int, seed: int = 0) -> np.ndarray:
 def tokens_of(data: bytes, **config: object) -> np.ndarray:
     (sequence,) = build(ImageTokens.model_validate({"size": 16, "patch": 4, **config}), {})(EncodedRaw(data))
     return sequence
+
+
+def unpatch(tokens: np.ndarray, config: ImageTokens) -> np.ndarray:
+    """Put patches back together into the picture that they were cut from."""
+    side, patch = config.size // config.patch, config.patch
+    grid = tokens.reshape(side, side, patch, patch, config.channels)
+    return grid.transpose(0, 2, 1, 3, 4).reshape(config.size, config.size, config.channels)
 
 
 def test_four_by_four_grey_pixels_become_four_patches_row_by_row() -> None:
@@ -48,7 +55,7 @@ def test_a_colour_patch_is_row_column_channel() -> None:
 @given(
     side=st.integers(1, 4), patch=st.integers(4, 8), channels=st.sampled_from([1, 3]), seed=st.integers(0, 2**32 - 1)
 )
-def test_unpatch_gives_the_picture_back(side: int, patch: int, channels: int, seed: int) -> None:
+def test_patches_put_back_together_are_the_picture(side: int, patch: int, channels: int, seed: int) -> None:
     config = ImageTokens(size=side * patch, patch=patch, channels=channels)
     pixels = np.random.default_rng(seed).integers(0, 256, (config.size, config.size, channels), np.uint8)
     (sequence,) = build(config, {})(PixelsRaw(pixels))
