@@ -43,29 +43,19 @@ def direct(
 
 
 def marginal(
-    f_source: Float[Tensor, "source bridge"],
-    f_target: Float[Tensor, "bridge target"],
-    *,
-    normalise: bool,
-    log_weights: Float[Tensor, " bridge"] | None = None,
+    f_source: Float[Tensor, "source bridge"], f_target: Float[Tensor, "bridge target"], *, normalise: bool
 ) -> Marginal:
     """Estimate log E_b exp(f(source, b) + f(b, target)) over bridge items b (Che & Eysenbach 2025, Lemma 1).
 
-    Both scores include the trained scale of their pair, and row m of both is the same bridge item. `normalise` removes
-    log E_b exp f of each leg, which InfoNCE leaves free: then the values estimate log-ratios, and columns can be
-    compared. `log_weights` are those of the bridge items (up to a constant) where they were not drawn from p(b).
-    The answer is float64 on the scores' device.
+    Both scores include the trained scale of their pair, and row m of both is the same bridge item, drawn from p(b).
+    `normalise` removes log E_b exp f of each leg, which InfoNCE leaves free: then the values estimate log-ratios, and
+    columns can be compared. The answer is float64 on the scores' device.
 
     The standard error is sqrt(1 / ESS - 1 / M), that of the sum alone; the bias is about -se^2 / 2.
     """
     u, v = f_source.double(), f_target.double()
     num_bridge = u.shape[1]
-    if log_weights is None:
-        log_total = math.log(num_bridge)
-    else:
-        weights = log_weights.double()
-        u = u + weights
-        log_total = torch.logsumexp(weights, 0)
+    log_total = math.log(num_bridge)
     u_max, v_max = u.amax(1, keepdim=True), v.amax(0, keepdim=True)
     eu, ev = (u - u_max).exp(), (v - v_max).exp()
     log_sum = (eu @ ev).log()
@@ -80,8 +70,7 @@ def marginal(
     log_ratio = log_sum + u_max + v_max - log_total
     if normalise:
         log_ratio = log_ratio - (torch.logsumexp(u, 1, keepdim=True) - log_total)
-        weighted = v if log_weights is None else v + log_weights.double()[:, None]
-        log_ratio = log_ratio - (torch.logsumexp(weighted, 0, keepdim=True) - log_total)
+        log_ratio = log_ratio - (torch.logsumexp(v, 0, keepdim=True) - log_total)
     size = (2 * log_sum - log_squares).exp().clamp(1.0, float(num_bridge))
     return Marginal(
         log_ratio=log_ratio,
