@@ -6,6 +6,7 @@ alive; a running job without a live worker is an orphan, and whichever worker lo
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -19,9 +20,10 @@ from service.contract.errors import RequestError
 from service.contract.jobs import Input, Lane, State, TrainArgs, args_adapter
 from service.contract.outcomes import add_event, end, give_up
 from service.contract.references import Args
-from service.contract.tables import checkpoint, job, job_input, worker
+from service.contract.tables import checkpoint, job, job_event, job_input, worker
 from service.contract.transact import read, transact
 
+_log = logging.getLogger(__name__)
 _OVERRUN_S: Final = 30.0  # a supervisor kills at the deadline itself; only one that does not is overruled
 _BATCH: Final = 100
 _RUNNING: Final = job.c.state == sa.literal_column("'running'")
@@ -30,9 +32,24 @@ _ttl = after(sa.bindparam("minus_ttl_s", type_=sa.Double))
 _HEARTBEAT: Final = (
     sa.update(worker).where(worker.c.id == sa.bindparam("worker")).values(last_seen=now()).returning(worker.c.draining)
 )
-_LEASES: Final = sa.select(job.c.id, job.c.lease_epoch, job.c.cancel_requested_at.is_not(None).label("cancel")).where(
-    _RUNNING, job.c.worker_id == sa.bindparam("worker")
+# The first event of a job's history names the request that submitted it. A literal: in RETURNING, SQLAlchemy leaves the
+# table's name out for SQLite, and a bare `id` is the event's.
+_request_id = (
+    sa.select(job_event.c.detail["request_id"].as_string())
+    .where(job_event.c.job_id == sa.literal_column("job.id"))
+    .order_by(job_event.c.id)
+    .limit(1)
+    .scalar_subquery()
+    .label("request_id")
 )
+_LEASES: Final = sa.select(
+    job.c.id,
+    job.c.public_id,
+    job.c.lease_epoch,
+    job.c.attempt,
+    job.c.cancel_requested_at.is_not(None).label("cancel"),
+    _request_id,
+).where(_RUNNING, job.c.worker_id == sa.bindparam("worker"))
 _PROMOTE: Final = (
     sa.update(job)
     .where(
@@ -87,6 +104,7 @@ _CLAIM: Final = (
         job.c.priority,
         job.c.fair_seq,
         job.c.args,
+        _request_id,
     )
 )
 _RESUME: Final = (
@@ -106,6 +124,7 @@ _orphan = (
         job.c.args,
         job.c.worker_id,
         job.c.cancel_requested_at.is_not(None).label("cancel_requested"),
+        _request_id,
     )
     .order_by(job.c.worker_id, job.c.id)  # the order of job_running
     .limit(_BATCH)
@@ -161,6 +180,8 @@ class Claim:
     """What the job reads, by the name its caller gave it."""
     resume: list[str]
     """Of a train job that ran before: its checkpoints' artifacts, newest first."""
+    request_id: str | None = None
+    """Of the request that submitted the job."""
 
 
 @dataclass(frozen=True)
@@ -168,8 +189,22 @@ class Lease:
     """A job that the database says this worker runs."""
 
     id: int
+    public_id: str
     epoch: int
+    attempt: int
     cancel_requested: bool
+    request_id: str | None = None
+
+
+@dataclass(frozen=True)
+class _Refused:
+    """A job that failed for good as it was claimed."""
+
+    row: sa.Row[*tuple[Any, ...]]
+    message: str
+
+
+_Rescued = tuple[sa.Row[*tuple[Any, ...]], State]
 
 
 @dataclass(frozen=True)
@@ -195,7 +230,19 @@ def heartbeat(engine: sa.Engine, worker_id: str) -> Heartbeat:
 def leases(engine: sa.Engine, worker_id: str) -> dict[int, Lease]:
     """Return the jobs that this worker holds, by row id; one that it runs and does not find here is lost."""
     rows = read(engine, lambda conn: conn.execute(_LEASES, {"worker": worker_id}).all())
-    return {row.id: Lease(row.id, row.lease_epoch, row.cancel) for row in rows}
+    return {
+        row.id: Lease(row.id, row.public_id, row.lease_epoch, row.attempt, row.cancel, row.request_id) for row in rows
+    }
+
+
+def about(held: Claim | Lease) -> dict[str, object]:
+    """Return the fields that every log line about a job carries."""
+    return {
+        "job": held.public_id,
+        "attempt": held.attempt,
+        "epoch": held.epoch,
+        "request_id": held.request_id,
+    }
 
 
 def drain(engine: sa.Engine, worker_id: str) -> None:
@@ -223,13 +270,18 @@ def claim(
     """
     params = {"me": worker_id, "at_lane": lane, "kinds": list(kinds), "num": limit, "minus_ttl_s": -ttl_s}
 
-    def work(conn: sa.Connection) -> tuple[int, list[Claim]]:
+    def work(conn: sa.Connection) -> list[Claim | _Refused]:
         rows = sorted(conn.execute(_CLAIM, params).all(), key=lambda row: (row.priority, row.fair_seq, row.id))
-        return len(rows), [found for row in rows if (found := _open(conn, worker_id, row)) is not None]
+        return [_open(conn, worker_id, row) for row in rows]
 
     while True:
-        num, claims = transact(engine, work)
-        if claims or num == 0:
+        found = transact(engine, work)
+        for refused in found:
+            if isinstance(refused, _Refused):
+                fields = {**_about(refused.row), "state": "failed", "error": refused.message}
+                _log.warning("refused", extra={"fields": fields})
+        claims = [claim for claim in found if isinstance(claim, Claim)]
+        if claims or not found:
             return claims
 
 
@@ -240,23 +292,23 @@ def rescue(engine: sa.Engine, *, ttl_s: float) -> list[tuple[str, State]]:
     them.
     """
 
-    def work(conn: sa.Connection) -> list[tuple[str, State]]:
+    def work(conn: sa.Connection) -> list[_Rescued]:
         rescued = [_rescue(conn, row) for row in conn.execute(_ORPHANS, {"minus_ttl_s": -ttl_s}).all()]
         conn.execute(_FORGET_STALE, {"minus_ttl_s": -ttl_s})
         return rescued
 
-    return transact(engine, work)
+    return _told(transact(engine, work))
 
 
 def forget(engine: sa.Engine, worker_ids: Sequence[str]) -> list[tuple[str, State]]:
     """Remove workers that are known to be dead and put back what they ran; return public ids and states."""
 
-    def work(conn: sa.Connection) -> list[tuple[str, State]]:
+    def work(conn: sa.Connection) -> list[_Rescued]:
         rows = conn.execute(_ORPHANS_OF, {"workers": list(worker_ids)}).all()
         conn.execute(_FORGET, {"workers": list(worker_ids)})
         return [_rescue(conn, row) for row in rows]
 
-    return transact(engine, work)
+    return _told(transact(engine, work))
 
 
 def neighbours(engine: sa.Engine, *, host: str, boot: str) -> dict[str, int]:
@@ -265,12 +317,23 @@ def neighbours(engine: sa.Engine, *, host: str, boot: str) -> dict[str, int]:
     return {row.id: row.pid for row in rows}
 
 
-def _rescue(conn: sa.Connection, row: sa.Row[*tuple[Any, ...]]) -> tuple[str, State]:
+def _rescue(conn: sa.Connection, row: sa.Row[*tuple[Any, ...]]) -> _Rescued:
     error = {"type": "worker_lost", "message": "the worker that ran the job is gone", "code": None}
-    return row.public_id, give_up(conn, row, error | {"worker": row.worker_id}, retry=True)
+    return row, give_up(conn, row, error | {"worker": row.worker_id}, retry=True)
 
 
-def _open(conn: sa.Connection, worker_id: str, row: sa.Row[*tuple[Any, ...]]) -> Claim | None:
+def _told(rescued: list[_Rescued]) -> list[tuple[str, State]]:
+    # After the commit: a transaction that runs again says nothing twice.
+    for row, state in rescued:
+        _log.warning("rescued", extra={"fields": {**_about(row), "state": state, "from_worker": row.worker_id}})
+    return [(row.public_id, state) for row, state in rescued]
+
+
+def _about(row: sa.Row[*tuple[Any, ...]]) -> dict[str, object]:
+    return {"job": row.public_id, "attempt": row.attempt, "epoch": row.lease_epoch, "request_id": row.request_id}
+
+
+def _open(conn: sa.Connection, worker_id: str, row: sa.Row[*tuple[Any, ...]]) -> Claim | _Refused:
     try:
         args = args_adapter.validate_python(row.args)
         inputs = references.resolve(conn, row.tenant_id, args)
@@ -301,8 +364,10 @@ def _open(conn: sa.Connection, worker_id: str, row: sa.Row[*tuple[Any, ...]]) ->
         args=args,
         inputs=inputs,
         resume=list(resume),
+        request_id=row.request_id,
     )
 
 
-def _refuse(conn: sa.Connection, row: sa.Row[*tuple[Any, ...]], error: dict[str, Any]) -> None:
+def _refuse(conn: sa.Connection, row: sa.Row[*tuple[Any, ...]], error: dict[str, Any]) -> _Refused:
     end(conn, row, "failed", error)
+    return _Refused(row, error["message"])

@@ -55,6 +55,9 @@ class Settings(BaseSettings):
     model_cache_bytes: Annotated[int, Field(ge=0, description="weights kept in memory by the inference process")] = (
         4 << 30
     )
+    metrics_listen: Annotated[
+        str | None, Field(description="worker: host:port of its own metrics for Prometheus; default: not served")
+    ] = None
     serve_batch_tokens: Annotated[int, Field(ge=256, description="padded tokens in one batch of inference")] = 16_384
 
     max_body_bytes: Annotated[int, Field(ge=1024, description="JSON bodies")] = 64 << 20

@@ -4,10 +4,12 @@ from datetime import UTC, datetime, timedelta
 from threading import Barrier, Thread
 from typing import Any
 
+import pytest
 import sqlalchemy as sa
 from sqlalchemy import event
 
 from service.contract import leases, outcomes, queue
+from service.contract.dialects import Json
 from service.contract.dialects import after as after_s
 from service.contract.jobs import EmbedArgs, TrainArgs
 from service.contract.modality import TextTokens
@@ -151,10 +153,14 @@ def test_leases_show_cancel_requests(world: Any) -> None:
     world.worker()
     public_id = world.ingest()
     claim = world.take()
-    assert leases.leases(world.engine, "w1") == {claim.id: leases.Lease(claim.id, 1, cancel_requested=False)}
+    assert leases.leases(world.engine, "w1") == {
+        claim.id: leases.Lease(claim.id, claim.public_id, 1, 1, cancel_requested=False)
+    }
     with world.engine.begin() as conn:
         queue.cancel(conn, "t", public_id)
-    assert leases.leases(world.engine, "w1") == {claim.id: leases.Lease(claim.id, 1, cancel_requested=True)}
+    assert leases.leases(world.engine, "w1") == {
+        claim.id: leases.Lease(claim.id, claim.public_id, 1, 1, cancel_requested=True)
+    }
 
 
 def test_the_jobs_of_a_silent_worker_are_put_back(world: Any) -> None:
@@ -218,6 +224,45 @@ def test_a_job_far_past_its_deadline_is_put_back_though_its_worker_lives(world: 
     assert leases.rescue(world.engine, ttl_s=20) == [(public_id, "scheduled")]
 
 
+def test_a_lease_names_the_request_that_submitted_its_job(world: Any) -> None:
+    world.worker()
+    world.ingest(request_id="req_first")
+    claim = world.take()
+    assert (claim.request_id, leases.leases(world.engine, "w1")[claim.id].request_id) == ("req_first", "req_first")
+    assert outcomes.release(world.engine, claim, "w1") == "queued"
+    assert world.take().request_id == "req_first"
+
+
+def test_whoever_rescues_or_refuses_a_job_logs_its_attempt_epoch_and_request(
+    world: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    world.worker()
+    lost = world.ingest(request_id="req_a")
+    world.take()
+    world.silence("w1")
+    leases.rescue(world.engine, ttl_s=20)
+    assert _fields(caplog, "rescued") == [
+        {"job": lost, "attempt": 1, "epoch": 1, "request_id": "req_a", "state": "scheduled", "from_worker": "w1"}
+    ]
+    world.worker("w2")
+    gone = world.add(EmbedArgs(model=world.model(), dataset=world.dataset(), modality="text"), request_id="req_b")
+    world.execute(sa.update(model).values(deleted_at=datetime.now(UTC)))
+    assert world.claim("w2") == []
+    (refused,) = _fields(caplog, "refused")
+    assert {name: refused[name] for name in ("job", "attempt", "epoch", "request_id", "state")} == {
+        "job": gone,
+        "attempt": 1,
+        "epoch": 1,
+        "request_id": "req_b",
+        "state": "failed",
+    }
+    assert refused["error"]
+
+
+def _fields(caplog: pytest.LogCaptureFixture, event: str) -> list[dict[str, Any]]:
+    return [record.__dict__["fields"] for record in caplog.records if record.getMessage() == event]
+
+
 def test_neighbours_are_workers_of_the_same_boot_of_the_same_host(world: Any) -> None:
     world.worker("here", pid=11)
     world.worker("elsewhere", host="there", pid=12)
@@ -240,6 +285,8 @@ def test_a_claim_walks_its_index_past_many_finished_jobs(world: Any) -> None:
     }
     with world.engine.begin() as conn:
         conn.execute(sa.insert(job), [{**finished, "public_id": f"job_{index}"} for index in range(5_000)])
+        told = sa.select(job.c.id, job.c.tenant_id, sa.literal(0), sa.literal("queued"), sa.literal({}, Json))
+        conn.execute(sa.insert(job_event).from_select(["job_id", "tenant_id", "epoch", "type", "detail"], told))
     with world.engine.connect() as conn:
         conn.execute(sa.text("ANALYZE"))
         conn.commit()
