@@ -19,7 +19,7 @@ from service.migrate import upgrade
 if TYPE_CHECKING:
     from service.contract.artifacts import Store
 
-pytest_plugins = ["tests.inference"]
+pytest_plugins = ["tests.inference", "tests.supervisors"]
 
 
 @pytest.fixture(scope="session")

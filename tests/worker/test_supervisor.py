@@ -1,175 +1,20 @@
 from __future__ import annotations
 
-import json
-import os
 import signal
-import subprocess
-import sys
-import threading
 import time
-from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
 import sqlalchemy as sa
 
 from service.contract import leases, queue
-from service.contract.artifacts import open_store
-from service.contract.jobs import IngestArgs
 from service.contract.tables import dataset, job, job_event, job_progress, job_result, worker
-from service.contract.word import new_id
+from tests.supervisors import World, children, runner_of
 
-ROOT = Path(__file__).resolve().parents[2]
 SQLITE_ONLY = pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
-
-
-class Feed:
-    """A data set that arrives for as long as the test wants: JSON lines through a named pipe in the store."""
-
-    def __init__(self, data: Path) -> None:
-        store = open_store(str(data / "store"))
-        key, _, _ = store.write_upload("captions.jsonl", [b""])
-        self.source = f"store:{key}"
-        self._path = data / "store" / key
-        self._path.unlink()
-        os.mkfifo(self._path)
-        # Open for both, so that a reader that goes and one that comes never see an end in between.
-        self._pipe = os.open(self._path, os.O_RDWR | os.O_NONBLOCK)
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._thread.start()
-
-    def end(self) -> None:
-        """Let the data set be complete."""
-        self._ended.set()
-        self._thread.join(5)
-
-    def _run(self) -> None:
-        num = 0
-        while not self._ended.is_set():
-            # A line is a page of the pipe, so no reader that gives up leaves half a line to the next.
-            line = json.dumps({"caption": f"caption {num}", "note": ""}).encode()
-            try:
-                os.write(self._pipe, line[:-2] + b"a" * (4095 - len(line)) + line[-2:] + b"\n")
-                num += 1
-            except BlockingIOError:
-                time.sleep(0.002)
-            if num > 600:
-                time.sleep(0.002)
-        os.close(self._pipe)
-
-
-class World:
-    """A data folder, a database, and workers as processes."""
-
-    def __init__(self, url: str, engine: sa.Engine, data: Path) -> None:
-        self.engine = engine
-        self.data = data
-        self.environment = {
-            **os.environ,
-            "PYTHONPATH": str(ROOT),
-            "ISTHMUS_DATA": str(data),
-            "ISTHMUS_DATABASE_URL": url,
-            "ISTHMUS_LANES": "bulk",
-            "ISTHMUS_PRELOAD": "false",
-            "ISTHMUS_TICK_S": "0.2",
-            "ISTHMUS_HEARTBEAT_S": "0.3",
-            "ISTHMUS_WORKER_TTL_S": "2.5",
-            "ISTHMUS_CANCEL_GRACE_S": "0.5",
-            "ISTHMUS_SHUTDOWN_GRACE_S": "10",
-        }
-        self.feeds: list[Feed] = []
-        self.workers: list[subprocess.Popen[bytes]] = []
-
-    @contextmanager
-    def worker(self, **environment: str) -> Generator[subprocess.Popen[bytes]]:
-        log = (self.data / f"worker-{len(self.workers)}.log").open("wb")
-        process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "worker"], env={**self.environment, **environment}, stderr=log, cwd=self.data
-        )
-        self.workers.append(process)
-        try:
-            yield process
-        finally:
-            process.kill()
-            process.wait()
-            log.close()
-
-    def log(self, number: int = 0) -> str:
-        lines = (self.data / f"worker-{number}.log").read_text().splitlines()
-        return "\n".join(line[:300] for line in lines)
-
-    def feed(self) -> Feed:
-        self.feeds.append(Feed(self.data))
-        return self.feeds[-1]
-
-    def ingest(self, source: str) -> str:
-        found = new_id("ds")
-        with self.engine.begin() as conn:
-            conn.execute(sa.insert(dataset).values(id=found, tenant_id="t", name="n", source=source))
-            return queue.enqueue(
-                conn, tenant="t", args=IngestArgs(dataset=found, source=source, modalities={"text": "caption"})
-            )
-
-    def row(self, public_id: str) -> Any:
-        with self.engine.connect() as conn:
-            return conn.execute(sa.select(job).where(job.c.public_id == public_id)).one()
-
-    def rows(self, table: sa.Table) -> list[Any]:
-        with self.engine.connect() as conn:
-            return list(conn.execute(sa.select(table)))
-
-    def until(self, condition: Callable[[], Any], timeout_s: float = 15) -> Any:
-        give_up_at = time.monotonic() + timeout_s
-        while not (found := condition()):
-            if time.monotonic() > give_up_at:
-                logs = "\n".join(self.log(number) for number in range(len(self.workers)))
-                pytest.fail(f"it did not happen in {timeout_s} s\n{logs}")
-            time.sleep(0.02)
-        return found
-
-    def until_state(self, public_id: str, *states: str) -> Any:
-        return self.until(lambda: (row := self.row(public_id)).state in states and row)
-
-    def until_it_reads(self, public_id: str, attempt: int = 1) -> None:
-        """Wait until the job's runner reports progress in this attempt."""
-
-        def reads() -> bool:
-            row = self.row(public_id)
-            assert row.finished_at is None, row.error
-            return row.attempt == attempt and any(
-                progress.job_id == row.id and progress.done and progress.epoch == row.lease_epoch
-                for progress in self.rows(job_progress)
-            )
-
-        self.until(reads)
-
-
-@pytest.fixture
-def world(database_url: str, engine: sa.Engine, tmp_path: Path) -> Iterator[World]:
-    data = tmp_path / "data"
-    data.mkdir()
-    made = World(database_url, engine, data)
-    yield made
-    for feed in made.feeds:
-        feed.end()
-
-
-def _children(process: subprocess.Popen[bytes], word: str) -> list[psutil.Process]:
-    found: list[psutil.Process] = []
-    for child in psutil.Process(process.pid).children():
-        with suppress(psutil.Error):  # gone by now
-            if word in child.cmdline():
-                found.append(child)
-    return found
-
-
-def _runner_of(process: subprocess.Popen[bytes]) -> psutil.Process:
-    (found,) = _children(process, "worker.runner")
-    return found
 
 
 def _has_torch(process: psutil.Process) -> bool:
@@ -181,7 +26,7 @@ def test_a_job_runs_to_its_end_and_its_result_is_stored(world: World) -> None:
     with world.worker() as process:
         public_id = world.ingest(feed.source)
         world.until_it_reads(public_id)
-        assert not _has_torch(_runner_of(process))
+        assert not _has_torch(runner_of(process))
         feed.end()
         row = world.until_state(public_id, "succeeded", "failed")
         assert row.state == "succeeded", row.error
@@ -215,7 +60,7 @@ def test_a_killed_runner_costs_an_attempt_and_the_job_is_tried_again(world: Worl
     with world.worker() as process:
         public_id = world.ingest(feed.source)
         world.until_it_reads(public_id)
-        _runner_of(process).kill()
+        runner_of(process).kill()
         row = world.until(lambda: (row := world.row(public_id)).error and row)
         assert row.error["type"] == "RunnerDied"
         assert "SIGKILL" in row.error["message"]
@@ -231,7 +76,7 @@ def test_a_killed_supervisor_leaves_nothing_running_and_another_takes_its_job(wo
         world.until_it_reads(public_id)
         with world.worker():
             world.until(lambda: len(world.rows(worker)) == 2)
-            runner = _runner_of(first)
+            runner = runner_of(first)
             first.kill()
             world.until(lambda: not runner.is_running() or runner.status() == psutil.STATUS_ZOMBIE, 5)
             world.until_it_reads(public_id, attempt=2)
@@ -278,7 +123,7 @@ def test_a_second_sigterm_and_sigint_wait_for_nobody(world: World) -> None:
         with world.worker(ISTHMUS_SHUTDOWN_GRACE_S="60") as process:
             public_id = world.ingest(feed.source)
             world.until_it_reads(public_id)
-            runner = _runner_of(process)
+            runner = runner_of(process)
             runner.suspend()  # so that it cannot do what it is asked
             for number in signals:
                 process.send_signal(number)
@@ -308,7 +153,7 @@ def test_a_runner_that_ignores_a_cancel_is_killed(world: World) -> None:
     with world.worker() as process:
         public_id = world.ingest(feed.source)
         world.until_it_reads(public_id)
-        runner = _runner_of(process)
+        runner = runner_of(process)
         runner.suspend()
         with world.engine.begin() as conn:
             queue.cancel(conn, "t", public_id)
@@ -327,7 +172,7 @@ def test_a_job_past_its_deadline_is_killed_and_tried_again(world: World) -> None
         world.until_it_reads(public_id)
         with world.engine.begin() as conn:
             conn.execute(sa.update(job).values(deadline_s=1))
-        _runner_of(world.workers[0]).kill()
+        runner_of(world.workers[0]).kill()
         row = world.until(lambda: (row := world.row(public_id)).attempt == 2 and row.state != "running" and row)
         assert row.error["code"] == "deadline_exceeded"
 
@@ -338,7 +183,7 @@ def test_a_worker_that_was_declared_dead_kills_its_job_and_registers_anew(world:
     with world.worker() as process:
         public_id = world.ingest(feed.source)
         world.until_it_reads(public_id)
-        runner = _runner_of(process)
+        runner = runner_of(process)
         (before,) = world.rows(worker)
         leases.forget(world.engine, [before.id])
         world.until(lambda: not runner.is_running())
@@ -356,7 +201,7 @@ def test_a_lost_lease_kills_the_child_and_its_writes_are_refused(world: World) -
     with world.worker() as process:
         public_id = world.ingest(feed.source)
         world.until_it_reads(public_id)
-        runner = _runner_of(process)
+        runner = runner_of(process)
         with world.engine.begin() as conn:  # as if another worker had it
             conn.execute(sa.update(job).values(lease_epoch=job.c.lease_epoch + 1, worker_id="another"))
         world.until(lambda: not runner.is_running())
@@ -395,14 +240,14 @@ def _away(world: World) -> Generator[None]:
 @SQLITE_ONLY
 def test_a_train_job_gets_the_idle_runner_and_ingest_a_cold_one(world: World) -> None:
     with world.worker(ISTHMUS_PRELOAD="true") as process:
-        idle = world.until(lambda: _children(process, "--preload"))[0]
+        idle = world.until(lambda: children(process, "--preload"))[0]
         world.until(lambda: _has_torch(idle))
         public_id = world.ingest("store:uploads/up_0000000000000000000000000a/nothing.tar")
         world.until_state(public_id, "failed")
         assert idle.is_running()
         idle.kill()
         world.until(lambda: not idle.is_running())
-        again = world.until(lambda: _children(process, "--preload"))
+        again = world.until(lambda: children(process, "--preload"))
         assert again
 
 
@@ -417,9 +262,9 @@ def test_settings_that_cannot_work_end_the_worker_with_a_message(world: World) -
 @SQLITE_ONLY
 def test_the_inference_process_is_started_again_and_dies_with_its_supervisor(world: World) -> None:
     with world.worker(ISTHMUS_LANES="serve") as process:
-        (first,) = world.until(lambda: _children(process, "worker.serving"))
+        (first,) = world.until(lambda: children(process, "worker.serving"))
         first.kill()
-        second = world.until(lambda: [x for x in _children(process, "worker.serving") if x.pid != first.pid])[0]
+        second = world.until(lambda: [x for x in children(process, "worker.serving") if x.pid != first.pid])[0]
         (row,) = world.until(lambda: world.rows(worker))
         assert row.endpoint.startswith("unix:")
         world.until(Path(row.endpoint.removeprefix("unix:")).exists)
