@@ -146,10 +146,20 @@ async def encode(
 ) -> Encoded:
     """Turn items into vectors.
 
-    Raises what `tokenise` and the gateway raise.
+    Raises what `tokenise` and `embed` raise.
     """
     tokenised = await tokenise(service, model, items, at, timings, hint=hint, truncate=truncate)
-    vectors = np.empty((len(items), model.dimensions), np.float32)
+    return await embed(service, model, tokenised, at, timings)
+
+
+async def embed(
+    service: Service, model: Model, tokenised: Sequence[Tokenised], at: Sequence[str], timings: Timings
+) -> Encoded:
+    """Turn items that `tokenise` has read into vectors; `at` names their places in the request.
+
+    Raises what the gateway raises.
+    """
+    vectors = np.empty((len(tokenised), model.dimensions), np.float32)
     by_modality: dict[str, list[int]] = {}
     for index, tokens in enumerate(tokenised):
         if tokens.vector is not None:
@@ -157,7 +167,7 @@ async def encode(
         else:
             by_modality.setdefault(tokens.modality, []).append(index)
 
-    async def embed(modality: str, indices: list[int]) -> None:
+    async def embed_all(modality: str, indices: list[int]) -> None:
         sequences = [tokenised[index].sequences for index in indices]
         try:
             vectors[indices], spent = await service.gateway.embed(model.ref, modality, sequences)
@@ -167,7 +177,7 @@ async def encode(
             raise
         timings.add(spent.queue_ms, spent.inference_ms)
 
-    await asyncio.gather(*(embed(modality, indices) for modality, indices in by_modality.items()))
+    await asyncio.gather(*(embed_all(modality, indices) for modality, indices in by_modality.items()))
     return Encoded(vectors, [tokens.modality for tokens in tokenised], sum(tokens.num_tokens for tokens in tokenised))
 
 

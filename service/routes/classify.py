@@ -30,6 +30,7 @@ from service.inference.answers import check_matches, respond
 from service.inference.hangups import InferenceRoute
 from service.inference.inputs import Timings, encode, listed, places
 from service.inference.label_cache import LabelCache
+from service.inference.priors import as_log_prior
 
 router = APIRouter(tags=["inference"], prefix="/v1", route_class=InferenceRoute)
 
@@ -161,13 +162,7 @@ def _log_prior(body: ClassifyRequest, labels: list[str]) -> Float64[np.ndarray, 
         return np.full(len(labels), -np.log(len(labels)))
     if set(body.prior) - set(labels):
         raise Invalid("a prior is given for what is not among the labels", param="prior")
-    weights = np.array([body.prior.get(label, 0.0) for label in labels], np.float64)
-    largest = weights.max()
-    if largest <= 0:
-        raise Invalid("not every prior can be zero", param="prior")
-    weights /= largest  # first, so that the sum of large ones stays finite
-    with np.errstate(divide="ignore"):
-        return np.log(weights / weights.sum())
+    return as_log_prior([body.prior.get(label, 0.0) for label in labels])
 
 
 async def _encode_prompts(

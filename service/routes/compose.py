@@ -13,28 +13,20 @@ from jaxtyping import Float32
 
 from service import embedding_sets
 from service.catalogue import Model
-from service.contract.errors import Invalid, IsthmusError, NotFound, TooLarge, UnsupportedMedia
+from service.contract.errors import Invalid, NotFound, TooLarge, UnsupportedMedia
 from service.contract.items import AnyItem
 from service.contract.operations import ComposeRequest, ComposeResponse, EmbeddingSetRef
-from service.contract.tokens.read import read_item
 from service.contract.wire import Arrays, ComposeAnswer, ComposeCall
 from service.deps import Inferrer, Running, Service
 from service.edge.problems import documented
 from service.inference.answers import check_matches, respond
 from service.inference.hangups import InferenceRoute
-from service.inference.inputs import Timings, encode, listed, places
+from service.inference.inputs import Timings, Tokenised, embed, listed, places, tokenise
 from service.inference.legs import Leg, Way, along, within
+from service.inference.priors import as_log_prior
 from service.keys import Caller
 
 router = APIRouter(tags=["inference"], prefix="/v1", route_class=InferenceRoute)
-
-
-@dataclass(frozen=True)
-class Side:
-    """Vectors of one modality, and the tokens that were read for them."""
-
-    vectors: Float32[np.ndarray, "item dim"]
-    num_tokens: int
 
 
 @dataclass(frozen=True)
@@ -45,6 +37,29 @@ class Asked:
     caller: Caller
     body: ComposeRequest
     timings: Timings
+
+
+@dataclass(frozen=True)
+class Items:
+    """Items as a model reads them; `at` names their places in the request."""
+
+    tokenised: list[Tokenised]
+    at: list[str]
+
+
+@dataclass(frozen=True)
+class Side:
+    """One end of the question, or the bridge: items, or an embedding set, all of one modality."""
+
+    model: Model
+    modality: str
+    given: Items | embedding_sets.Operand
+    name: str
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that are read for it."""
+        return sum(tokens.num_tokens for tokens in self.given.tokenised) if isinstance(self.given, Items) else 0
 
 
 @router.post(
@@ -60,19 +75,16 @@ async def create(service: Running, caller: Inferrer, body: ComposeRequest) -> Re
     With one `model` the bridge is a modality that it was trained on with both; with `legs` every step is named.
     """
     models = await _models(service, caller, body)
-    source = listed(service, body.source, "source")
-    target = body.target if isinstance(body.target, EmbeddingSetRef) else listed(service, body.target, "target")
-    from_ = _modality(service, models[0], source, "source", body.source, hint=body.source_modality)
-    to = await _target_modality(service, caller, models[-1], target, body)
-    way = _way(body, models, from_, to)
     timings = Timings()
     asked = Asked(service, caller, body, timings)
-    left = await _side(asked, way.legs[0].model, source, from_, "source")
-    right = await _side(asked, way.legs[-1].model, target, to, "target")
-    top_k = min(body.top_k, len(right.vectors))
-    check_matches(len(left.vectors), top_k)
-    arrays: Arrays = {"source": left.vectors, "target": right.vectors}
-    log_prior = _log_prior(body, len(right.vectors))
+    source = await _read(asked, models[0], body.source, "source", hint=body.source_modality)
+    target = await _read(asked, models[-1], body.target, "target", hint=body.target_modality)
+    way = _way(body, models, source.modality, target.modality)
+    arrays: Arrays = {"source": await _vectors(asked, source), "target": await _vectors(asked, target)}
+    num_targets = len(arrays["target"])
+    top_k = min(body.top_k, num_targets)
+    check_matches(len(arrays["source"]), top_k)
+    log_prior = _log_prior(body, num_targets)
     if body.prior is not None:
         arrays["log_prior"] = log_prior
     num_bridge_tokens = await _add_bridge(asked, way, arrays)
@@ -85,7 +97,7 @@ async def create(service: Running, caller: Inferrer, body: ComposeRequest) -> Re
     )
     document, found, spent = await service.gateway.compose(call, arrays)
     timings.add(spent.queue_ms, spent.inference_ms)
-    num_tokens = left.num_tokens + right.num_tokens + num_bridge_tokens
+    num_tokens = source.num_tokens + target.num_tokens + num_bridge_tokens
     names = [body.model] if body.model is not None else [leg.model for leg in body.legs or []]
     rest = {
         "models": list(dict.fromkeys(names)),
@@ -122,53 +134,44 @@ def _way(body: ComposeRequest, models: list[Model], from_: str, to: str) -> Way:
     return within(models[0], from_, to, through=through, given_bridge=given, wanted=body.method)
 
 
-def _modality(
-    service: Service, model: Model, items: list[AnyItem], name: str, given: object, *, hint: str | None
-) -> str:
-    """Return the modality of the first item: all the others have to be of the same."""
+async def _read(
+    asked: Asked,
+    model: Model,
+    given: AnyItem | list[AnyItem] | EmbeddingSetRef,
+    name: str,
+    *,
+    hint: str | None,
+    expected: str | None = None,
+) -> Side:
+    """Read one side of the question, and embed nothing yet: its modality decides the way.
+
+    Raises Invalid for items of several modalities, or not of the expected one, and for vectors of another model.
+    """
+    if isinstance(given, EmbeddingSetRef):
+        param = f"{name}.embeddings"
+        operand = await embedding_sets.find(asked.service, asked.caller.tenant, given.embeddings, param=param)
+        if operand.about.model_digest != model.ref.digest:
+            raise Invalid("these vectors were made by another model", param=param, code="model_differs")
+        if expected is not None and operand.about.modality != expected:
+            raise Invalid(f"these vectors are of {operand.about.modality}, not {expected}", param=param)
+        return Side(model, operand.about.modality, operand, name)
     if hint is not None:
         model.check_modality(hint, param=f"{name}_modality")
-    try:
-        modality, _ = read_item(items[0], modality_hint=hint, modalities=model.modalities, limits=service.limits)
-    except IsthmusError as error:
-        raise error.at(places(name, items, given)[0]) from None
-    return modality
+    items = listed(asked.service, given, name)
+    at = places(name, items, given)
+    tokenised = await tokenise(asked.service, model, items, at, asked.timings, hint=hint, truncate=asked.body.truncate)
+    modality = expected or tokenised[0].modality
+    for place, each in zip(at, tokenised, strict=True):
+        if each.modality != modality:
+            raise Invalid(f"this is {each.modality}, not {modality}: all are of one modality", param=place)
+    return Side(model, modality, Items(tokenised, at), name)
 
 
-async def _target_modality(
-    service: Service, caller: Caller, model: Model, target: list[AnyItem] | EmbeddingSetRef, body: ComposeRequest
-) -> str:
-    if not isinstance(target, EmbeddingSetRef):
-        return _modality(service, model, target, "target", body.target, hint=body.target_modality)
-    found = await embedding_sets.find(service, caller.tenant, target.embeddings, param="target.embeddings")
-    return found.about.modality
-
-
-async def _side(asked: Asked, model: Model, given: list[AnyItem] | EmbeddingSetRef, modality: str, name: str) -> Side:
-    """Return the vectors of `source`, `target` or `through`, embedded unless they come from an embedding set."""
-    if isinstance(given, EmbeddingSetRef):
-        return Side(await _read_set(asked, model, given, modality, name), 0)
-    body = asked.body
-    hint = {"source": body.source_modality, "target": body.target_modality}.get(name, modality)
-    original = {"source": body.source, "target": body.target}.get(name, given)
-    at = places(name, given, original)
-    found = await encode(asked.service, model, given, at, asked.timings, hint=hint, truncate=body.truncate)
-    for place, each in zip(at, found.modalities, strict=True):
-        if each != modality:
-            raise Invalid(f"this is {each}, not {modality}: all are of one modality", param=place)
-    return Side(found.vectors, found.num_tokens)
-
-
-async def _read_set(
-    asked: Asked, model: Model, ref: EmbeddingSetRef, modality: str, name: str
-) -> Float32[np.ndarray, "item dim"]:
-    param = f"{name}.embeddings"
-    operand = await embedding_sets.find(asked.service, asked.caller.tenant, ref.embeddings, param=param)
-    if operand.about.model_digest != model.ref.digest:
-        raise Invalid("these vectors were made by another model", param=param, code="model_differs")
-    if operand.about.modality != modality:
-        raise Invalid(f"these vectors are of {operand.about.modality}, not {modality}", param=param)
-    return await embedding_sets.vectors(asked.service, operand, param=param)
+async def _vectors(asked: Asked, side: Side) -> Float32[np.ndarray, "item dim"]:
+    given = side.given
+    if isinstance(given, embedding_sets.Operand):
+        return await embedding_sets.vectors(asked.service, given, param=f"{side.name}.embeddings")
+    return (await embed(asked.service, side.model, given.tokenised, given.at, asked.timings)).vectors
 
 
 async def _add_bridge(asked: Asked, way: Way, arrays: Arrays) -> int:
@@ -180,12 +183,13 @@ async def _add_bridge(asked: Asked, way: Way, arrays: Arrays) -> int:
         _check_banks(way)
         return 0
     first, second = way.legs
-    items = given if isinstance(given, EmbeddingSetRef) else listed(asked.service, given, "through")
-    left = await _side(asked, first.model, items, first.to, "through")
-    same = first.model.ref.digest == second.model.ref.digest
-    right = left if same else await _side(asked, second.model, items, second.from_, "through")
-    arrays["bridge.0"], arrays["bridge.1"] = left.vectors, right.vectors
-    return left.num_tokens if same else left.num_tokens + right.num_tokens
+    left = await _read(asked, first.model, given, "through", hint=first.to, expected=first.to)
+    arrays["bridge.0"] = arrays["bridge.1"] = await _vectors(asked, left)
+    if first.model.ref.digest == second.model.ref.digest:
+        return left.num_tokens
+    right = await _read(asked, second.model, given, "through", hint=first.to, expected=first.to)
+    arrays["bridge.1"] = await _vectors(asked, right)
+    return left.num_tokens + right.num_tokens
 
 
 def _check_banks(way: Way) -> None:
@@ -203,13 +207,7 @@ def _log_prior(body: ComposeRequest, num_targets: int) -> Float32[np.ndarray, " 
         return np.full(num_targets, -math.log(num_targets), np.float32)
     if len(body.prior) != num_targets:
         raise Invalid(f"{len(body.prior)} priors for {num_targets} targets", param="prior")
-    weights = np.array(body.prior, np.float64)
-    largest = weights.max()
-    if largest <= 0:
-        raise Invalid("not every prior can be zero", param="prior")
-    weights /= largest  # first, so that the sum of large ones stays finite
-    with np.errstate(divide="ignore"):
-        return np.log(weights / weights.sum()).astype(np.float32)
+    return as_log_prior(body.prior).astype(np.float32)
 
 
 def _rows(
