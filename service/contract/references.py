@@ -11,7 +11,7 @@ import sqlalchemy as sa
 
 from service.contract.errors import Conflict, Invalid, NotFound, RequestError
 from service.contract.jobs import EmbedArgs, EvaluateArgs, IngestArgs, Input, TrainArgs
-from service.contract.tables import alias, checkpoint, dataset, job, model
+from service.contract.tables import alias, checkpoint, dataset, job, job_input, model
 
 Args = IngestArgs | TrainArgs | EmbedArgs | EvaluateArgs
 
@@ -127,3 +127,15 @@ def _at(place: str, resolver: _Resolver, conn: sa.Connection, tenant: str, ref: 
 def row_of(found: Input) -> str:
     """Return the id that `job_input` keeps: the row's, or the job's whose checkpoint is read."""
     return found["id"].partition("@")[0]
+
+
+def is_needed(conn: sa.Connection, tenant: str, row_id: str, *, maker: str | None = None) -> bool:
+    """Tell whether a job that has not ended reads a data set or model, or is its `maker` (a public id)."""
+    needs = job.c.id.in_(sa.select(job_input.c.job_id).where(job_input.c.ref == row_id))
+    if maker is not None:
+        needs |= job.c.public_id == maker
+    unfinished = sa.text("job.state IN ('scheduled','queued','running')")
+    return (
+        conn.execute(sa.select(job.c.id).where(job.c.tenant_id == tenant, unfinished, needs).limit(1)).first()
+        is not None
+    )

@@ -16,8 +16,9 @@ from service.contract import queue
 from service.contract.dialects import now
 from service.contract.errors import Conflict, Forbidden, Invalid, IsthmusError, NotFound, TooLarge, UnsupportedMedia
 from service.contract.jobs import Holdout, IngestArgs
+from service.contract.references import is_needed
 from service.contract.samples import Samples
-from service.contract.tables import dataset, job, job_input, owned
+from service.contract.tables import dataset, job, owned
 from service.contract.tokens.decode import array
 from service.contract.word import ModalityName, Name, Real, Text, Word, new_id
 from service.deps import IdempotencyKey, Reader, Running, Service, Writer
@@ -371,13 +372,7 @@ async def delete(service: Running, caller: Writer, dataset_id: str) -> Deleted:
         row = conn.execute(owned(dataset, caller.tenant).where(dataset.c.id == known).with_for_update()).first()
         if row is None:
             raise NotFound("there is no such data set", code="dataset_not_found")
-        reading = sa.select(job_input.c.job_id).where(job_input.c.ref == known)
-        busy = sa.select(job.c.id).where(
-            job.c.tenant_id == caller.tenant,
-            sa.text("job.state IN ('scheduled','queued','running')"),
-            job.c.id.in_(reading) | (job.c.public_id == row.job_id),
-        )
-        if conn.execute(busy.limit(1)).first() is not None:
+        if is_needed(conn, caller.tenant, known, maker=row.job_id):
             raise Conflict("a job that has not ended needs this data set", code="dataset_in_use")
         conn.execute(sa.update(dataset).where(dataset.c.id == known).values(deleted_at=now()))
 

@@ -11,8 +11,8 @@ from pydantic import Field, StrictStr
 from service.aliases import check_alias
 from service.contract.dialects import now
 from service.contract.errors import Conflict, Invalid, NotFound, UnsupportedMedia
-from service.contract.references import resolve_model
-from service.contract.tables import alias, job, job_input, model, owned
+from service.contract.references import is_needed, resolve_model
+from service.contract.tables import alias, job, model, owned
 from service.contract.word import Word
 from service.deps import Reader, Running, Service, Writer
 from service.edge.bodies import StrictRoute
@@ -134,13 +134,7 @@ async def delete(service: Running, caller: Writer, name: str) -> Deleted:
 
     def work(conn: sa.Connection) -> str:
         row = _locked(conn, tenant, known)
-        reading = sa.select(job_input.c.job_id).where(job_input.c.ref == row.id)
-        busy = sa.select(job.c.id).where(
-            job.c.tenant_id == tenant,
-            sa.text("job.state IN ('scheduled','queued','running')"),
-            job.c.id.in_(reading),
-        )
-        if conn.execute(busy.limit(1)).first() is not None:
+        if is_needed(conn, tenant, row.id):
             raise Conflict("a job that has not ended needs this model", code="model_in_use")
         conn.execute(sa.delete(alias).where(alias.c.tenant_id == tenant, alias.c.model_id == row.id))
         conn.execute(sa.update(model).where(model.c.id == row.id).values(deleted_at=now()))
