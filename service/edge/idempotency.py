@@ -14,7 +14,7 @@ from typing import Any, Final, cast
 import sqlalchemy as sa
 from fastapi import Response
 from fastapi.responses import JSONResponse
-from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.dialects.postgresql import insert
 
 from service.contract.dialects import after
 from service.contract.errors import Conflict, Invalid, Malformed
@@ -111,7 +111,6 @@ def _drop_old(conn: sa.Connection, tenant: str, key: str) -> None:
 
 def _insert(conn: sa.Connection, tenant: str, key: str, *, request_sha256: str) -> bool:
     # On PostgreSQL the insert waits for a twin's transaction, so afterwards its outcome is visible.
-    insert = postgresql.insert if conn.dialect.name == "postgresql" else sqlite.insert
     values = {"tenant_id": tenant, "key": key, "request_sha256": request_sha256}
     statement = insert(idempotency).values(**values).on_conflict_do_nothing().returning(idempotency.c.key)
     return conn.execute(statement).first() is not None
