@@ -24,12 +24,13 @@ from typing import Final, Never
 
 import httpx
 
+from service.client.api import Api, ApiError
+from service.client.progress import Advance, progress
 from service.demo import digits, speech
 from service.demo.client import Client, DemoError, item, vectors
 from service.demo.figures import Figure, figures
 from service.demo.folder import read_folder
 from service.demo.page import Answers, one_each, write_page
-from service.demo.progress import Advance, progress
 from service.demo.recipes import STEPS, STEPS_OF_OTHERS, recipe
 from service.demo.service import LOG, own_service
 from service.demo.specimens import Collection, Specimen, write_tar
@@ -38,6 +39,7 @@ MODEL: Final = "demo"
 KEPT: Final = Path("isthmus-demo")
 PROMPTS: Final = 24  # captions of a label that classify with it
 NEIGHBOURS: Final = 10
+PATIENCE_S: Final = 30.0  # with a service that went away
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ def run(*, tars: Path | None, out: Path, keep: bool, seed: int, url: str | None 
     except KeyboardInterrupt:
         print("\nstopped; nothing is left running")
         return 130
-    except DemoError as error:
+    except (DemoError, ApiError) as error:
         print(f"isthmus: {error}", file=sys.stderr)
         return 1
     except (httpx.TransportError, httpx.InvalidURL) as error:
@@ -103,21 +105,21 @@ def tour(folder: Path, *, tars: Path | None, out: Path, seed: int, url: str | No
 
     _step(2, "service")
     service = own_service(folder) if url is None else contextlib.nullcontext(url)
-    with service as place, Client(place, key=None if url is None else os.environ.get("ISTHMUS_API_KEY")) as client:
+    with service as place, Api(place, key=None if url is None else os.environ.get("ISTHMUS_API_KEY")) as api:
         print(f"  {place}" + (f" (log: {folder / LOG})" if url is None else ""))
         clock.lap("start")
 
         _step(3, "upload and ingest")
-        datasets = {medium: _ingest(client, path) for medium, path in paths.items()}
+        datasets = {medium: _ingest(api, path) for medium, path in paths.items()}
         clock.lap("ingest")
 
         _step(4, "training")
         steps = STEPS_OF_OTHERS if tars else STEPS
         wanted = recipe(images, sounds, datasets=datasets, steps=steps, seed=seed)
-        job = client.post("/v1/jobs", {"kind": "train", "name": MODEL, "recipe": wanted})
+        job = api.post("/v1/jobs", {"kind": "train", "name": MODEL, "recipe": wanted})
         with progress("learning") as advance:
-            _follow(client, job["id"], advance)
-        model = client.get(f"/v1/models/{MODEL}")
+            _follow(api, job["id"], advance)
+        model = api.get(f"/v1/models/{MODEL}")
         scales = ", ".join(
             f"{' with '.join(pair.split('+'))} ({scale:.1f})" for pair, scale in model["logit_scales"].items()
         )
@@ -125,43 +127,43 @@ def tour(folder: Path, *, tars: Path | None, out: Path, seed: int, url: str | No
         clock.lap("training")
 
         _step(5, "questions about what it never saw")
-        answers = _ask(client, images, sounds)
+        answers = _ask(Client(api), images, sounds)
         clock.lap("questions")
     out.mkdir(parents=True, exist_ok=True)
     page = write_page(out / "isthmus-demo.html", answers, model=model, recipe=wanted)
     return Outcome(answers.figures, page, clock.seconds)
 
 
-def _ingest(client: Client, path: Path) -> str:
-    created = client.upload(path, path.stem)
+def _ingest(api: Api, path: Path) -> str:
+    created = api.upload(path, path.stem)
     with progress(f"reading {path.stem}") as advance:
-        _follow(client, created["job"]["id"], advance)
-    dataset = client.get(f"/v1/datasets/{created['id']}")
+        _follow(api, created["job"]["id"], advance)
+    dataset = api.get(f"/v1/datasets/{created['id']}")
     splits = ", ".join(f"{count:,} {name}" for name, count in dataset["splits"].items())
     print(f"  {dataset['name']}: {splits}, {dataset['num_rejected']} rejected")
     return str(dataset["id"])
 
 
-def _follow(client: Client, job: str, advance: Advance) -> None:
+def _follow(api: Api, job: str, advance: Advance) -> None:
     """Follow a job's stream of events to its end.
 
     Raises DemoError with the job's own message unless it succeeds.
     """
     note = ""
-    for event in client.events(job):
-        match event["event"]:
+    for event in api.events(job, patience_s=PATIENCE_S):
+        match event.kind:
             case "metric":
-                note = _note(event["values"]) or note
+                note = _note(event.data["values"]) or note
             case "progress":
-                eta = f", {event['eta_s']:.0f} s left" if event["eta_s"] else ""
-                advance(event["done"], event["total"] or 0, note + eta)
+                eta = f", {event.data['eta_s']:.0f} s left" if event.data["eta_s"] else ""
+                advance(event.data["done"], event.data["total"] or 0, note + eta)
+            case "done" if event.data["status"] != "succeeded":
+                ended = event.data
+                reason = f": {ended['error']['message']}" if ended["error"] else ""
+                msg = f"the {ended['kind']} job has {ended['status']}{reason}"
+                raise DemoError(msg)
             case _:
                 pass
-    ended = client.get(f"/v1/jobs/{job}")
-    if ended["status"] != "succeeded":
-        reason = f": {ended['error']['message']}" if ended["error"] else ""
-        msg = f"the {ended['kind']} job has {ended['status']}{reason}"
-        raise DemoError(msg)
 
 
 def _note(values: dict[str, float]) -> str:

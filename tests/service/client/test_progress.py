@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from service.demo.progress import progress
+from service.client.progress import progress
 
 
 def test_without_a_terminal_progress_is_plain_lines_and_few(capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 import time
 from collections.abc import Callable, Generator
@@ -16,18 +17,23 @@ Advance = Callable[[float, float, str], None]
 
 @contextlib.contextmanager
 def progress(title: str) -> Generator[Advance]:
-    """Show the progress of one thing."""
-    if not sys.stdout.isatty():
+    """Show the progress of one thing; what is printed meanwhile stands above the bar."""
+    if not sys.stdout.isatty() or os.environ.get("TERM") in {None, "", "dumb", "unknown"}:
         yield _Lines(title)
         return
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn  # noqa: PLC0415
+    try:
+        from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn  # noqa: PLC0415
+    except ModuleNotFoundError:  # an API alone does not need it
+        yield _Lines(title)
+        return
 
     with Progress(
-        TextColumn("  {task.description}"),
+        TextColumn("  {task.description}", markup=False),
         BarColumn(bar_width=32),
         TaskProgressColumn(),
-        TextColumn("{task.fields[note]}"),
+        TextColumn("{task.fields[note]}", markup=False),
         transient=False,
+        redirect_stderr=sys.stderr.isatty(),
     ) as bar:
         task = bar.add_task(title, total=None, note="")
 
@@ -41,10 +47,12 @@ class _Lines:
     def __init__(self, title: str) -> None:
         self._title = title
         self._next = 0.0
+        self._last = ""
 
     def __call__(self, done: float, total: float, note: str) -> None:
         now = time.monotonic()
-        if now >= self._next or (total and done >= total):
-            self._next = now + QUIET_S
-            of = f"/{total:,.0f}" if total else ""
-            print(f"  {self._title} {done:,.0f}{of} {note}".rstrip(), flush=True)
+        of = f"/{total:,.0f}" if total else ""
+        line = f"  {self._title} {done:,.0f}{of} {note}".rstrip()
+        if line != self._last and (now >= self._next or (total and done >= total)):
+            self._next, self._last = now + QUIET_S, line
+            print(line, flush=True)
