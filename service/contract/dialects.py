@@ -6,18 +6,38 @@ Times are `timestamptz` on PostgreSQL and whole microseconds on SQLite (`Instant
 
 from __future__ import annotations
 
+import math
 import sqlite3
 import time
 from datetime import UTC, datetime
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final, cast
 
+import psycopg
 import sqlalchemy as sa
 from sqlalchemy import BigInteger, Integer, event
 from sqlalchemy.dialects.postgresql import JSONB
+from sqlalchemy.exc import InvalidatePoolError
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.elements import ColumnElement
 from sqlalchemy.sql.functions import FunctionElement
 from sqlalchemy.types import JSON, TypeDecorator
+
+from service.contract.deadline import TimedConnection
+
+if TYPE_CHECKING:
+    from sqlalchemy.engine.interfaces import DBAPIConnection
+    from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
+
+# How a connection to PostgreSQL is opened, and how one that is idle learns that the other end is gone: in a minute.
+LINK: Final[dict[str, Any]] = {
+    "connect_timeout": 5,
+    "keepalives_idle": 30,
+    "keepalives_interval": 10,
+    "keepalives_count": 3,
+}
+
+_IDLE_S: Final = 1.0  # a connection that was just used is still there
 
 
 class Instant(TypeDecorator[datetime]):
@@ -88,10 +108,25 @@ Json = JSON(none_as_null=True).with_variant(JSONB(none_as_null=True), "postgresq
 Big = BigInteger().with_variant(Integer(), "sqlite")  # SQLite's rowid alias must be spelled INTEGER
 
 
-def open_engine(url: str, *, pool_size: int = 5) -> sa.Engine:
+def storable(value: Any) -> Any:
+    """Replace what a JSON column cannot hold: NUL and lone surrogates in strings, numbers that are not finite."""
+    if isinstance(value, str):
+        return value.encode("utf-8", "replace").decode().replace("\x00", "\ufffd")
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        items = cast("dict[Any, Any]", value)
+        return {storable(str(key)): storable(item) for key, item in items.items()}
+    if isinstance(value, list | tuple):
+        return [storable(item) for item in cast("list[Any]", value)]
+    return value
+
+
+def open_engine(url: str, *, pool_size: int = 5, answer_s: float = 10.0) -> sa.Engine:
     """Open an engine with the time-outs and pragmas that the queue relies on.
 
-    On SQLite every transaction that `engine.begin()` opens is BEGIN IMMEDIATE: one that read first and wrote later
+    PostgreSQL gives up a statement after 8 s, and the client gives up a server that says nothing for `answer_s`. On
+    SQLite every transaction that `engine.begin()` opens is BEGIN IMMEDIATE: one that read first and wrote later
     would meet SQLITE_BUSY at once, whatever the busy time-out.
     """
     if url.startswith("sqlite"):
@@ -99,14 +134,40 @@ def open_engine(url: str, *, pool_size: int = 5) -> sa.Engine:
         event.listen(engine, "connect", _prepare_sqlite)
         event.listen(engine, "begin", _begin_immediate)
         return engine
-    options = "-c statement_timeout=10000 -c lock_timeout=2000 -c idle_in_transaction_session_timeout=15000"
-    return sa.create_engine(
+    options = "-c statement_timeout=8000 -c lock_timeout=2000 -c idle_in_transaction_session_timeout=15000"
+    engine = sa.create_engine(
         url,
         pool_size=pool_size,
-        pool_pre_ping=True,
         pool_timeout=5,
-        connect_args={"connect_timeout": 5, "options": options, "keepalives_idle": 30, "prepare_threshold": None},
+        connect_args={"options": options, "prepare_threshold": None, **LINK},
     )
+    event.listen(engine, "do_connect", partial(_connect_timed, answer_s))
+    event.listen(engine, "checkin", _note_return)
+    event.listen(engine, "checkout", partial(_ping_if_idle, engine.dialect))
+    return engine
+
+
+def _connect_timed(
+    answer_s: float, _dialect: sa.Dialect, _record: object, args: list[Any], options: dict[str, Any]
+) -> TimedConnection:
+    connection = TimedConnection.connect(*args, **options)
+    connection.answer_s = answer_s
+    return connection
+
+
+def _note_return(_connection: object, record: ConnectionPoolEntry) -> None:
+    record.info["returned_at"] = time.monotonic()
+
+
+def _ping_if_idle(
+    dialect: sa.Dialect, connection: DBAPIConnection, record: ConnectionPoolEntry, _proxy: PoolProxiedConnection
+) -> None:
+    # As `pool_pre_ping`, which costs a busy worker a round trip for every transaction.
+    if time.monotonic() - record.info.get("returned_at", math.inf) > _IDLE_S:
+        try:
+            dialect.do_ping(connection)
+        except psycopg.Error as error:
+            raise InvalidatePoolError from error
 
 
 def _prepare_sqlite(connection: sqlite3.Connection, _record: object) -> None:

@@ -6,38 +6,26 @@ only grow, so a worker that was declared dead is refused both before and after t
 
 from __future__ import annotations
 
-import json
 import math
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final, Literal, assert_never, cast
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import insert
 
-from service.contract.dialects import after, now
-from service.contract.errors import TooLarge
-from service.contract.jobs import EmbedResult, EvaluateResult, IngestArgs, IngestResult, State, TrainArgs, TrainResult
+from service.contract import completion
+from service.contract.completion import Result
+from service.contract.dialects import after, now, storable
+from service.contract.jobs import State, TrainArgs
 from service.contract.recipe import Budget
-from service.contract.tables import (
-    alias,
-    checkpoint,
-    dataset,
-    embedding_set,
-    job,
-    job_event,
-    job_progress,
-    job_result,
-    metric,
-    model,
-)
+from service.contract.tables import checkpoint, dataset, job, job_event, job_progress, metric
 from service.contract.transact import transact
 
 if TYPE_CHECKING:
     from service.contract.leases import Claim, Lease
 
-Result = IngestResult | TrainResult | EmbedResult | EvaluateResult
-MAX_RESULT_BYTES: Final = 1 << 20
 _MAX_DELAY_S: Final = 300.0
 
 _FENCE: Final = (
@@ -57,13 +45,6 @@ _held = sa.select(
 ).where(*_FENCE)
 _HOLD: Final = _held.with_for_update()
 _SHARE: Final = _held.with_for_update(read=True)
-_SUCCEED: Final = (
-    sa.update(job)
-    .where(*_FENCE, job.c.cancel_requested_at.is_(None))
-    .values(
-        state=sa.literal_column("'succeeded'"), finished_at=now(), worker_id=None, deadline_at=None, error=sa.null()
-    )
-)
 _ROW: Final = job.c.id == sa.bindparam("job_id")  # of a row that this transaction has locked
 _END: Final = (
     sa.update(job)
@@ -128,9 +109,6 @@ _PRUNE_CHECKPOINTS: Final = sa.delete(checkpoint).where(
         .order_by(checkpoint.c.step.desc())
         .limit(sa.bindparam("keep"))
     ),
-)
-_ALIAS: Final = insert(alias).on_conflict_do_update(
-    index_elements=[alias.c.tenant_id, alias.c.name], set_={"model_id": sa.literal_column("excluded.model_id")}
 )
 _DATASET: Final = sa.update(dataset).where(
     dataset.c.id == sa.bindparam("dataset"), dataset.c.tenant_id == sa.bindparam("tenant")
@@ -204,24 +182,22 @@ def finish(engine: sa.Engine, claim: Claim, worker_id: str, result: Result) -> S
     alias there; an embed job makes an embedding set. Returns `succeeded`, `cancelled` if somebody asked for that first,
     or None if the lease is lost. Raises TooLarge for a result over 1 MiB.
     """
-    body = storable(result.model_dump(mode="json"))
-    num_bytes = len(json.dumps(body))
-    if num_bytes > MAX_RESULT_BYTES:
-        raise TooLarge(f"the result takes {num_bytes:,} bytes of at most {MAX_RESULT_BYTES:,}")
+    return finish_many(engine, worker_id, [(claim, result)])[0]
 
-    def work(conn: sa.Connection) -> State | None:
-        if conn.execute(_SUCCEED, _fence(claim, worker_id)).rowcount == 0:
-            row = conn.execute(_HOLD, _fence(claim, worker_id)).one_or_none()
-            if row is None:
-                return None
-            return end(conn, row, "cancelled", None)
-        at = {"job_id": claim.id, "tenant_id": claim.tenant_id, "epoch": claim.epoch}
-        conn.execute(sa.insert(job_result), {**at, "body": body})
-        _write_product(conn, claim, result, body)
-        conn.execute(_EVENT, {**at, "type": "succeeded", "detail": {}})
-        return "succeeded"
 
-    return transact(engine, work)
+def finish_many(engine: sa.Engine, worker_id: str, ends: Sequence[tuple[Claim, Result]]) -> list[State | None]:
+    """End several jobs as `finish` does, in one transaction; return what became of each.
+
+    A job that was cancelled or lost does not keep the others from ending. Raises TooLarge for a result over 1 MiB;
+    then nothing is written.
+    """
+    bodies = [completion.encode(result) for _, result in ends]
+    done = transact(
+        engine,
+        lambda conn: completion.succeed(conn, worker_id, ends, bodies),
+        single=all(completion.is_single(result) for _, result in ends),
+    )
+    return ["succeeded" if claim.id in done else cancelled(engine, claim, worker_id) for claim, _ in ends]
 
 
 def fail(
@@ -345,50 +321,9 @@ def backoff_s(attempt: int) -> float:
     return min(_MAX_DELAY_S, 2.0 ** min(attempt, 20)) * random.random()
 
 
-def storable(value: Any) -> Any:
-    """Replace what a JSON column cannot hold: NUL and lone surrogates in strings, numbers that are not finite."""
-    if isinstance(value, str):
-        return value.encode("utf-8", "replace").decode().replace("\x00", "\ufffd")
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        items = cast("dict[Any, Any]", value)
-        return {storable(str(key)): storable(item) for key, item in items.items()}
-    if isinstance(value, list | tuple):
-        return [storable(item) for item in cast("list[Any]", value)]
-    return value
-
-
 def _fence(claim: Claim | Lease, worker_id: str) -> dict[str, Any]:
     return {"job_id": claim.id, "epoch": claim.epoch, "worker": worker_id}
 
 
 def _shown(error: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in error.items() if key != "traceback"}  # that stays on the job
-
-
-def _write_product(conn: sa.Connection, claim: Claim, result: Result, body: dict[str, Any]) -> None:
-    tenant = claim.tenant_id
-    made_by = {"tenant_id": tenant, "job_id": claim.public_id, "artifact": result.artifact, "info": body}
-    match result:
-        case IngestResult():
-            ready = {"state": "ready", "artifact": result.artifact, "digest": result.digest, "info": body}
-            conn.execute(
-                _DATASET.values(**ready),
-                {"dataset": claim.args.dataset if isinstance(claim.args, IngestArgs) else None, "tenant": tenant},
-            )
-        case TrainResult():
-            model_id = _id_in(result.artifact)
-            conn.execute(sa.insert(model), {**made_by, "id": model_id, "digest": result.digest})
-            if isinstance(claim.args, TrainArgs) and claim.args.name is not None:
-                conn.execute(_ALIAS, {"tenant_id": tenant, "name": claim.args.name, "model_id": model_id})
-        case EmbedResult():
-            conn.execute(sa.insert(embedding_set), {**made_by, "id": _id_in(result.artifact)})
-        case EvaluateResult():
-            pass  # a report is a file of its job
-        case _:
-            assert_never(result)
-
-
-def _id_in(artifact: str) -> str:
-    return artifact.split("/")[1]  # models/<id>/<epoch>

@@ -1,0 +1,197 @@
+"""The success of jobs: state, result, event and the rows they made, fenced, all at once or not at all.
+
+PostgreSQL does it in one statement, so that a job costs one round trip and one commit, and 32 cost no more; SQLite,
+whose statements are function calls, does it row by row in one transaction.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Final, assert_never
+
+import sqlalchemy as sa
+from pydantic_core import PydanticSerializationError
+from sqlalchemy.dialects.postgresql import JSONB, insert
+
+from service.contract.dialects import now, storable
+from service.contract.errors import TooLarge
+from service.contract.jobs import EmbedResult, EvaluateResult, IngestArgs, IngestResult, TrainArgs, TrainResult
+from service.contract.tables import alias, dataset, embedding_set, job, job_event, job_result, model
+
+if TYPE_CHECKING:
+    from service.contract.leases import Claim
+
+Result = IngestResult | TrainResult | EmbedResult | EvaluateResult
+MAX_RESULT_BYTES: Final = 1 << 20
+
+_RUNNING: Final = job.c.state == sa.literal_column("'running'")
+_DONE: Final[dict[Any, Any]] = {
+    job.c.state: sa.literal_column("'succeeded'"),
+    job.c.finished_at: now(),
+    job.c.worker_id: None,
+    job.c.deadline_at: None,
+    job.c.error: sa.null(),
+}
+_SUCCEEDED: Final = sa.literal_column("'succeeded'", sa.String)
+_SUCCEED: Final = (
+    sa.update(job)
+    .where(
+        job.c.id == sa.bindparam("job_id"),
+        _RUNNING,
+        job.c.lease_epoch == sa.bindparam("epoch"),
+        job.c.worker_id == sa.bindparam("worker"),
+        job.c.cancel_requested_at.is_(None),
+    )
+    .values(_DONE)
+    .returning(job.c.id)
+)
+_ends = (
+    sa.func.jsonb_to_recordset(sa.cast(sa.bindparam("ends", type_=sa.Text), JSONB))
+    .table_valued(
+        sa.column("id", sa.BigInteger),
+        sa.column("epoch", sa.BigInteger),
+        sa.column("body", JSONB),
+        sa.column("dataset", sa.Text),
+        name="ends",
+    )
+    .render_derived(with_types=True)
+)
+_done = (
+    sa.update(job)
+    .where(
+        job.c.id == _ends.c.id,
+        _RUNNING,
+        job.c.lease_epoch == _ends.c.epoch,
+        job.c.worker_id == sa.bindparam("worker"),
+        job.c.cancel_requested_at.is_(None),
+    )
+    .values(_DONE)
+    .returning(job.c.id, job.c.tenant_id, job.c.lease_epoch, _ends.c.body, _ends.c.dataset)
+    .cte("done")
+)
+_at = (_done.c.id, _done.c.tenant_id, _done.c.lease_epoch)
+_SUCCEED_TOGETHER: Final = sa.select(_done.c.id).add_cte(
+    sa.insert(job_result)
+    .from_select(["job_id", "tenant_id", "epoch", "body"], sa.select(*_at, _done.c.body))
+    .cte("kept"),
+    sa.insert(job_event)
+    .from_select(
+        ["job_id", "tenant_id", "epoch", "type", "detail"],
+        sa.select(*_at, _SUCCEEDED, sa.literal_column("'{}'::jsonb", JSONB)),
+    )
+    .cte("noted"),
+    sa.update(dataset)
+    .where(dataset.c.id == _done.c.dataset, dataset.c.tenant_id == _done.c.tenant_id)
+    .values(
+        state=sa.literal_column("'ready'"),
+        artifact=_done.c.body["artifact"].astext,
+        digest=_done.c.body["digest"].astext,
+        info=_done.c.body,
+    )
+    .cte("ready"),
+)
+_KEEP: Final = sa.insert(job_result)
+_NOTE: Final = sa.insert(job_event).values(type="succeeded", detail={})
+_READY: Final = (
+    sa.update(dataset)
+    .where(dataset.c.id == sa.bindparam("dataset"), dataset.c.tenant_id == sa.bindparam("tenant"))
+    .values(state="ready", artifact=sa.bindparam("at"), digest=sa.bindparam("of"), info=sa.bindparam("body"))
+)
+_ALIAS: Final = insert(alias).on_conflict_do_update(
+    index_elements=[alias.c.tenant_id, alias.c.name], set_={"model_id": sa.literal_column("excluded.model_id")}
+)
+
+
+def encode(result: Result) -> str:
+    """Return a result as the JSON that its row keeps.
+
+    Raises TooLarge for more than 1 MiB.
+    """
+    try:
+        body = result.model_dump_json()
+        is_storable = "\\u0000" not in body
+    except PydanticSerializationError:  # a lone surrogate
+        body, is_storable = "", False
+    if not is_storable:
+        body = json.dumps(storable(result.model_dump(mode="python")))
+    if len(body) > MAX_RESULT_BYTES:
+        raise TooLarge(f"the result takes {len(body):,} bytes of at most {MAX_RESULT_BYTES:,}")
+    return body
+
+
+def is_single(result: Result) -> bool:
+    """Return whether such a job ends in one statement on PostgreSQL: it makes no row of its own."""
+    return isinstance(result, IngestResult | EvaluateResult)
+
+
+def succeed(
+    conn: sa.Connection, worker_id: str, ends: Sequence[tuple[Claim, Result]], bodies: Sequence[str]
+) -> set[int]:
+    """End the jobs that are still held and that nobody cancelled; return their row ids."""
+    if conn.dialect.name == "postgresql":
+        done = _succeed_together(conn, worker_id, ends, bodies)
+    else:
+        done = _succeed_one_by_one(conn, worker_id, ends, bodies)
+    for (claim, result), body in zip(ends, bodies, strict=True):
+        if claim.id in done:
+            _write_product(conn, claim, result, body)
+    return done
+
+
+def _succeed_together(
+    conn: sa.Connection, worker_id: str, ends: Sequence[tuple[Claim, Result]], bodies: Sequence[str]
+) -> set[int]:
+    rows = ",".join(
+        f'{{"id":{claim.id},"epoch":{claim.epoch},"body":{body},"dataset":{json.dumps(_dataset_of(claim))}}}'
+        for (claim, _), body in zip(ends, bodies, strict=True)
+    )
+    return set(conn.execute(_SUCCEED_TOGETHER, {"ends": f"[{rows}]", "worker": worker_id}).scalars())
+
+
+def _succeed_one_by_one(
+    conn: sa.Connection, worker_id: str, ends: Sequence[tuple[Claim, Result]], bodies: Sequence[str]
+) -> set[int]:
+    done: list[dict[str, Any]] = []
+    results: list[dict[str, Any]] = []
+    for (claim, _), text in zip(ends, bodies, strict=True):
+        held = {"job_id": claim.id, "epoch": claim.epoch, "worker": worker_id}
+        if conn.execute(_SUCCEED, held).one_or_none() is None:
+            continue
+        body = json.loads(text)
+        done.append({"job_id": claim.id, "tenant_id": claim.tenant_id, "epoch": claim.epoch})
+        results.append({**done[-1], "body": body})
+        if (name := _dataset_of(claim)) is not None:
+            ready = {"at": body["artifact"], "of": body["digest"], "body": body}
+            conn.execute(_READY, {**ready, "dataset": name, "tenant": claim.tenant_id})
+    if done:
+        conn.execute(_KEEP, results)
+        conn.execute(_NOTE, done)
+    return {row["job_id"] for row in done}
+
+
+def _dataset_of(claim: Claim) -> str | None:
+    return claim.args.dataset if isinstance(claim.args, IngestArgs) else None
+
+
+def _write_product(conn: sa.Connection, claim: Claim, result: Result, body: str) -> None:
+    match result:
+        case TrainResult() | EmbedResult():
+            made = {
+                "id": result.artifact.split("/")[1],  # models/<id>/<epoch>
+                "tenant_id": claim.tenant_id,
+                "job_id": claim.public_id,
+                "artifact": result.artifact,
+                "info": json.loads(body),
+            }
+            if isinstance(result, EmbedResult):
+                conn.execute(sa.insert(embedding_set), made)
+                return
+            conn.execute(sa.insert(model), {**made, "digest": result.digest})
+            if isinstance(claim.args, TrainArgs) and claim.args.name is not None:
+                at = {"tenant_id": claim.tenant_id, "name": claim.args.name}
+                conn.execute(_ALIAS, {**at, "model_id": made["id"]})
+        case IngestResult() | EvaluateResult():
+            pass  # a data set's row is there from its creation; a report is a file of its job
+        case _:
+            assert_never(result)
