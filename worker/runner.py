@@ -11,6 +11,7 @@ import argparse
 import errno
 import json
 import os
+import signal
 import sys
 import threading
 import time
@@ -36,7 +37,7 @@ from worker.task import Task
 Args = IngestArgs | TrainArgs | EmbedArgs | EvaluateArgs
 Result = IngestResult | TrainResult | EmbedResult | EvaluateResult
 _PROGRESS_S: Final = 0.2
-_NO_SPACE: Final = (errno.ENOSPC, errno.EDQUOT)
+_NO_SPACE: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @final
@@ -129,6 +130,8 @@ def main() -> None:
         os._exit(0)
     task = Task.model_validate_json(line)
     context = Context(task, channel)
+    # Whoever stops a whole group of processes stops this one first: it has a checkpoint to write.
+    signal.signal(signal.SIGTERM, lambda *_: context.ask("interrupt"))
     threading.Thread(target=_obey, args=(context,), name="control", daemon=True).start()
     sys.excepthook = _report_bug(channel)
     message = _attempt(task, context)
@@ -148,8 +151,11 @@ def _attempt(task: Task, context: Context) -> dict[str, Any]:
         return {"interrupted": True}
     except IsthmusError as error:
         return _failed(error, error.message, permanent=not isinstance(error, Transient | Unavailable), code=error.code)
-    except MemoryError as error:
-        return _failed(error, "the job needs more memory than there is", permanent=True, code="out_of_memory")
+    except (MemoryError, RuntimeError) as error:
+        failure = _failure_of(error)
+        if failure is None:
+            raise
+        return _failed(error, failure.message, permanent=False, code=failure.code)
     except OSError as error:
         if error.errno not in _NO_SPACE:
             raise
@@ -177,6 +183,14 @@ def _run(args: Args, context: Context) -> Result:
             return evaluate.run(args, context)
         case _:
             assert_never(args)
+
+
+def _failure_of(error: MemoryError | RuntimeError) -> Transient | None:
+    if "torch" not in sys.modules:  # ingest
+        return Transient("out of memory", code="out_of_memory") if isinstance(error, MemoryError) else None
+    from worker.learning.device import failure_of  # noqa: PLC0415
+
+    return failure_of(error)
 
 
 def _load_torch(num_threads: int | None = None) -> None:
@@ -210,11 +224,7 @@ def _failed(error: BaseException, message: str, *, permanent: bool, code: str | 
 
 def _report_bug(channel: Channel) -> Any:
     def report(kind: type[BaseException], error: BaseException, where: TracebackType | None) -> None:
-        message = f"{kind.__name__}: {error}"
-        code = None
-        if kind.__module__.startswith("torch") and kind.__name__ == "OutOfMemoryError":
-            message, code = "the GPU has too little memory for this job", "out_of_memory"
-        failed = _failed(error, message, permanent=True, code=code)["failed"]
+        failed = _failed(error, f"{kind.__name__}: {error}", permanent=True, code=None)["failed"]
         failed["traceback"] = "".join(traceback.format_exception(kind, error, where))
         channel.send({"failed": failed})
         sys.__excepthook__(kind, error, where)

@@ -41,7 +41,9 @@ class FolderStore(Store):
             except OSError as error:
                 if error.errno != errno.EXDEV:
                     raise
-                shutil.copytree(folder, staging)
+                for path in survey(folder):  # not copytree, whose errors have no number
+                    (staging / path).parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copyfile(folder / path, staging / path)
                 shutil.rmtree(folder)
             return self.place(staging, key, describe(staging, kind=kind, id=id, body=body))
         finally:

@@ -1,9 +1,9 @@
 """Train a recipe into a model. One loop, read from top to bottom; the parts it uses live in `worker/learning`.
 
 Where a run starts:
-1. At the newest checkpoint of this job that is whole and matches its digests (an earlier attempt was interrupted, or
-   its worker died), with that checkpoint's tokenisers.
-2. At the next older one, if that is damaged or gone; then at one that the store holds and the queue never heard of.
+1. At the newest checkpoint of this job that is whole, matches its digests and is of this recipe and these data (an
+   earlier attempt was interrupted, or its worker died), with that checkpoint's tokenisers.
+2. At the next older one, if that is damaged or gone.
 3. From scratch: tokenisers trained on the captions, weights drawn from the seed, vectors measured.
 All three lead to the same weights, bit for bit on the CPU.
 """
@@ -22,9 +22,9 @@ from service.contract.jobs import TrainArgs, TrainResult
 from service.contract.recipe import Budget, InfoNCE, Optimiser, pair_name
 from worker.learning import bank, checkpoints, data, losses, optim
 from worker.learning.checkpoints import Checkpoints, Position
-from worker.learning.device import choose_device, precision_of
+from worker.learning.device import be_deterministic, blaming, choose_device, precision_of
 from worker.learning.heldout import final_metrics
-from worker.learning.model import MultiTower, build_tokenisers, read_tokenisers, save_model, vocab_sizes
+from worker.learning.model import MultiTower, build_tokenisers, save_model, vocab_sizes
 
 if TYPE_CHECKING:
     from worker.runner import Context
@@ -41,15 +41,20 @@ def run(args: TrainArgs, ctx: Context) -> TrainResult:  # noqa: PLR0915 - one lo
     budget = recipe.budget or Budget()
     device = choose_device(ctx.device)
     autocast = precision_of(recipe.precision, device)
-    if device.type == "cpu":
-        torch.use_deterministic_algorithms(mode=True)
-        # An aid for finding reads of unset memory, on by default and 5 % of a step.
-        torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
+    be_deterministic(device)
 
     # Data and tokenisers
     datasets = {name: data.open_dataset(name, ctx) for name in dict.fromkeys(pair.dataset for pair in recipe.pairs)}
-    start = checkpoints.find(ctx)
-    files = read_tokenisers(start / "model") if start else data.train_tokenisers(recipe, datasets)
+    learned_from = {
+        name: {
+            "digest": dataset.digest,
+            "split": "train",
+            "modalities": sorted({m for pair in recipe.pairs if pair.dataset == name for m in pair.modalities}),
+        }
+        for name, dataset in datasets.items()
+    }
+    start = checkpoints.find(ctx, recipe, learned_from)
+    files = start.tokeniser_files if start else data.train_tokenisers(recipe, datasets)
     tokenisers = build_tokenisers(recipe, files)
     pairs = data.open_pairs(recipe, datasets, tokenisers, budget.batch_size)
     names = [pair_name(*pair.modalities) for pair in recipe.pairs]
@@ -62,32 +67,25 @@ def run(args: TrainArgs, ctx: Context) -> TrainResult:  # noqa: PLR0915 - one lo
 
     # Start, in the order of the module's docstring
     environment = checkpoints.environment(device)
+    metrics: dict[str, float] = {}
     if start:
-        position = checkpoints.restore(start, model, optimiser, device)
-        same = position.environment == environment
-        ctx.event("resumed", {"step": position.step, "artifact": start.name, "same_environment": same})
-        position = position.model_copy(update={"environment": environment})
+        checkpoints.restore(start, model, optimiser, device)
+        changed = sorted(name for name, value in environment.items() if start.position.environment.get(name) != value)
+        about = {"step": start.position.step, "artifact": start.key, "same_environment": not changed}
+        ctx.event("resumed", about | ({"changed": changed} if changed else {}))
+        position = start.position.model_copy(update={"environment": environment})
+        metrics |= start.metrics
     else:
         data.measure(model, pairs)
         position = Position(drawn=[0] * len(pairs), environment=environment)
-    learned_from = {
-        name: {
-            "digest": dataset.digest,
-            "split": "train",
-            "modalities": sorted({m for pair in recipe.pairs if pair.dataset == name for m in pair.modalities}),
-        }
-        for name, dataset in datasets.items()
-    }
-    saved = Checkpoints(ctx, recipe, files, learned_from, budget.keep_checkpoints)
+    saved = Checkpoints(ctx, recipe, files, learned_from, start)
+    del start  # its tensors
 
     # The loop
-    metrics = checkpoints.metrics_of(start) if start else {}
-    log_time = checkpoint_time = time.monotonic()
-    log_step = position.step
-    recent: dict[str, list[float]] = {}  # since the last metrics
+    log_time, log_step = time.monotonic(), position.step
     model.train()
     try:
-        with closing(data.batches(pairs, position.drawn)) as batches:
+        with blaming(budget.batch_size), closing(data.batches(pairs, position.drawn)) as batches:
             while position.step < budget.steps:
                 ctx.check()
                 step_time = time.monotonic()
@@ -110,28 +108,28 @@ def run(args: TrainArgs, ctx: Context) -> TrainResult:  # noqa: PLR0915 - one lo
                 model.clamp_scales(loss_config.max_scale)
 
                 now = time.monotonic()
-                drawn = [count + (other == at) for other, count in enumerate(position.drawn)]
+                total, num = position.recent.get(names[at], (0.0, 0))
                 position = position.model_copy(
                     update={
                         "step": position.step + 1,
-                        "drawn": drawn,
+                        "drawn": [count + (other == at) for other, count in enumerate(position.drawn)],
+                        "recent": {**position.recent, names[at]: (total + loss_value, num + 1)},
                         "trained_s": position.trained_s + now - step_time,
                     }
                 )
-                recent.setdefault(names[at], []).append(loss_value)
                 if position.step % budget.log_every == 0 or position.step == budget.steps:
                     steps_per_s = (position.step - log_step) / (now - log_time)
-                    metrics |= {f"loss/{name}": sum(values) / len(values) for name, values in recent.items()}
+                    metrics |= {f"loss/{name}": total / num for name, (total, num) in position.recent.items()}
                     metrics |= {
                         f"scale/{name}": float(log_scale.detach().exp()) for name, log_scale in model.log_scales.items()
                     }
                     metrics |= {"learning_rate": rate, "grad_norm": norm_value, "steps_per_s": steps_per_s}
                     ctx.metric(position.step, dict(metrics))
                     ctx.progress(position.step, budget.steps, (budget.steps - position.step) / steps_per_s)
-                    recent, log_step, log_time = {}, position.step, now
-                if now - checkpoint_time >= budget.checkpoint_s and position.step < budget.steps:
+                    position = position.model_copy(update={"recent": {}})
+                    log_step, log_time = position.step, now
+                if position.step < budget.steps and saved.is_due():
                     saved.save(model, optimiser, position, device, metrics)
-                    checkpoint_time = time.monotonic()
 
         # The bridge bank and the model, with the final weights
         model.eval()

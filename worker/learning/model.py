@@ -20,7 +20,7 @@ from typing import Any, final
 
 import torch
 from jaxtyping import Float
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -31,6 +31,7 @@ from service.contract.tokens.tokenise import Tokeniser
 from worker.learning import towers
 from worker.learning.device import Precision
 from worker.learning.ragged import Ragged
+from worker.learning.tensors import save_tensors
 
 
 @final
@@ -130,12 +131,12 @@ def save_model(
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "recipe.json").write_text(recipe.model_dump_json(indent=1), encoding="utf-8")
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    save_file(weights, folder / "model.safetensors")
+    save_tensors(weights, folder / "model.safetensors")
     for modality, files in tokeniser_files.items():
         (folder / "tokenizers").mkdir(exist_ok=True)
         (folder / "tokenizers" / f"{modality}.json").write_bytes(files[TOKENISER_FILE])
     if banks:
-        save_file(_flatten(banks), folder / "bank.safetensors")
+        save_tensors(_flatten(banks), folder / "bank.safetensors")
     return {
         "recipe": recipe.model_dump(mode="json"),
         "modalities": {name: tower.tokens.model_dump(mode="json") for name, tower in recipe.towers.items()},
