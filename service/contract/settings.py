@@ -66,6 +66,7 @@ class Settings(BaseSettings):
     max_tokens: Annotated[int, Field(ge=1, description="tokens in one request")] = 1 << 20
     max_pixels: Annotated[int, Field(ge=1, description="pixels of one image")] = 40_000_000
     max_audio_s: Annotated[float, Field(gt=0, description="seconds of one sound")] = 600.0
+    body_timeout_s: Annotated[float, Field(gt=0, description="longest silence within the body of a request")] = 30.0
     request_timeout_s: Annotated[float, Field(gt=0, description="longest wait for inference")] = 60.0
     max_waiting: Annotated[int, Field(ge=1, description="items waiting for inference per API process; more is 429")] = (
         8192
