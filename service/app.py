@@ -84,7 +84,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         openapi_tags=TAGS,
         redirect_slashes=False,
     )
-    app.add_middleware(Edge, telemetry=telemetry)
+    app.add_middleware(Edge, telemetry=telemetry, body_timeout_s=settings.body_timeout_s)
     app.add_exception_handler(IsthmusError, on_isthmus_error)
     app.add_exception_handler(HTTPException, on_http_exception)
     app.add_exception_handler(RequestValidationError, on_validation_error)

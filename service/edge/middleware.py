@@ -20,6 +20,7 @@ from service.contract.word import new_id
 from service.deps import Service, service_of
 from service.edge.docs import ASSETS
 from service.edge.problems import GONE, render, render_error
+from service.edge.stalls import unless_stalled
 from service.edge.telemetry import Telemetry
 
 log = logging.getLogger(__name__)
@@ -40,8 +41,9 @@ SECURITY: Final = {
 class Edge:
     """Wrap the application."""
 
-    def __init__(self, app: ASGIApp, telemetry: Telemetry) -> None:
+    def __init__(self, app: ASGIApp, telemetry: Telemetry, *, body_timeout_s: float) -> None:
         self.app = app
+        self._body_timeout_s = body_timeout_s
         self._telemetry = telemetry
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -55,7 +57,7 @@ class Edge:
             if (refusal := await _admit(service_of(scope["app"]), scope, answer)) is not None:
                 await refusal(scope, receive, answer.send)
             else:
-                await self.app(scope, receive, answer.send)
+                await self.app(scope, unless_stalled(receive, self._body_timeout_s), answer.send)
         except ClientDisconnect:
             answer.status = answer.status or GONE  # in the middle of its body: there is nobody to answer
         except Exception:

@@ -138,7 +138,11 @@ async def on_http_exception(_request: Request, error: Exception) -> Response:
     refused = cast("HTTPException", error)
     status = refused.status_code
     kind = dict(STATUSES.values()).get(status, "server_error" if status >= 500 else "invalid_request_error")
-    messages = {404: "there is no such path", 405: "this path does not take that method"}
+    messages = {
+        404: "there is no such path",
+        405: "this path does not take that method",
+        408: "the rest of the body did not come",
+    }
     message = messages.get(status, HTTPStatus(status).phrase)
     return render(status, message, kind, headers=dict(refused.headers or {}))
 
