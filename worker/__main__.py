@@ -7,8 +7,8 @@ import sys
 
 from pydantic import ValidationError
 
+from service.contract.logs import configure
 from service.contract.settings import Settings
-from worker.logs import configure
 from worker.supervisor import Supervisor
 
 

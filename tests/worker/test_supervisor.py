@@ -37,7 +37,7 @@ def test_a_job_runs_to_its_end_and_its_result_is_stored(world: World) -> None:
         assert progress.done == progress.total == result.body["num_samples"] + result.body["num_rejected"]
         assert [event.type for event in world.rows(job_event)] == ["queued", "started", "succeeded"]
         world.until(lambda: not list((world.data / "scratch").glob("*/*")))
-    assert f"event=claimed job={public_id} attempt=1 epoch=1" in world.log()
+    assert f'"event": "claimed", "job": "{public_id}", "attempt": 1, "epoch": 1' in world.log()
 
 
 @SQLITE_ONLY
@@ -205,7 +205,7 @@ def test_a_lost_lease_kills_the_child_and_its_writes_are_refused(world: World) -
         with world.engine.begin() as conn:  # as if another worker had it
             conn.execute(sa.update(job).values(lease_epoch=job.c.lease_epoch + 1, worker_id="another"))
         world.until(lambda: not runner.is_running())
-        world.until(lambda: "state=lost" in world.log())
+        world.until(lambda: '"state": "lost"' in world.log())
         assert world.rows(job_result) == []
 
 

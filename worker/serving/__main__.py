@@ -20,9 +20,9 @@ from typing import Final
 import torch
 import uvicorn
 
+from service.contract import logs
 from service.contract.artifacts import open_store
 from service.contract.settings import Settings
-from worker import logs
 from worker.learning.device import choose_device
 from worker.lifeline import die_with_parent
 from worker.serving.batcher import Batcher
