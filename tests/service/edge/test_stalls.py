@@ -24,7 +24,9 @@ async def port(tmp_path: Path, sqlite_template: Path) -> AsyncIterator[int]:
     settings = Settings(data=tmp_path, database_url=f"sqlite:///{sqlite_template}", body_timeout_s=0.3)
     server = uvicorn.Server(uvicorn.Config(create_app(settings), port=0, log_level="error"))
     serving = asyncio.create_task(server.serve())
-    while not server.started:
+    for _ in range(500):
+        if server.started:
+            break
         await asyncio.sleep(0.01)
     yield server.servers[0].sockets[0].getsockname()[1]
     server.should_exit = True
