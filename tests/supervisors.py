@@ -85,11 +85,11 @@ class World:
         self.workers: list[subprocess.Popen[bytes]] = []
 
     @contextmanager
-    def worker(self, **environment: str) -> Generator[subprocess.Popen[bytes]]:
+    def worker(self, *prefix: str, **environment: str) -> Generator[subprocess.Popen[bytes]]:
+        """Run a supervisor, started by the command `prefix` if there is one."""
         log = (self.data / f"worker-{len(self.workers)}.log").open("wb")
-        process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "worker"], env={**self.environment, **environment}, stderr=log, cwd=self.data
-        )
+        command = [*prefix, sys.executable, "-P", "-m", "worker"]
+        process = subprocess.Popen(command, env={**self.environment, **environment}, stderr=log, cwd=self.data)
         self.workers.append(process)
         try:
             yield process

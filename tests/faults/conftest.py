@@ -18,7 +18,7 @@ from service.contract import queue
 from service.contract.jobs import IngestArgs
 from service.contract.tables import job, job_event, job_result
 from tests.faults.ledger import Ledger
-from tests.supervisors import ROOT
+from tests.supervisors import ROOT, World
 
 ENDED = ("succeeded", "failed", "cancelled")
 
@@ -93,6 +93,20 @@ def enqueue_many(engine: sa.Engine) -> Callable[..., list[str]]:
     return enqueue_many
 
 
+@pytest.fixture
+def record_figures(
+    request: pytest.FixtureRequest, record_property: Callable[[str, object], None]
+) -> Callable[..., None]:
+    """Print figures and keep them in the report: `record_figures(kills=7)`."""
+
+    def record_figures(**figures: float) -> None:
+        for name, value in figures.items():
+            record_property(name, value)
+        sys.stdout.write(f"{request.node.name}: {figures}\n")
+
+    return record_figures
+
+
 class NoopWorkers:
     """Processes that claim, write to the ledger and finish."""
 
@@ -120,3 +134,14 @@ def noop_workers(database_url: str, ledger: Ledger) -> Iterator[NoopWorkers]:
     made = NoopWorkers(database_url, ledger)
     yield made
     made.stop()
+
+
+@pytest.fixture
+def odd_world(world: World, ledger: Ledger) -> World:
+    """Real supervisors whose ingest jobs misbehave where their source says so: see `odd_jobs.py`.
+
+    `ISTHMUS_SABOTAGE` in a worker's environment lets the supervisor itself die at a moment: see `sabotage`.
+    """
+    world.environment["PYTHONPATH"] = os.pathsep.join((str(Path(__file__).with_name("sabotage")), str(ROOT)))
+    world.environment["ISTHMUS_LEDGER"] = str(ledger.path)
+    return world
