@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import errno
 import json
+import logging
 import os
 import signal
 import sys
@@ -19,6 +20,7 @@ import traceback
 from types import TracebackType
 from typing import Any, Final, Literal, assert_never, final
 
+from service.contract import logs
 from service.contract.artifacts import Store, open_store
 from service.contract.errors import Cancelled, Interrupted, IsthmusError, Transient, Unavailable
 from service.contract.jobs import (
@@ -36,6 +38,7 @@ from worker.task import Task
 
 Args = IngestArgs | TrainArgs | EmbedArgs | EvaluateArgs
 Result = IngestResult | TrainResult | EmbedResult | EvaluateResult
+_log = logging.getLogger("worker.runner")
 _PROGRESS_S: Final = 0.2
 _NO_SPACE: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -122,6 +125,7 @@ def main() -> None:
     parser.add_argument("--preload", action="store_true", help="import torch before the job is known")
     options = parser.parse_args()
     die_with_parent(options.parent)
+    logs.configure()
     channel = Channel(options.channel)
     if options.preload:
         _load_torch()
@@ -129,6 +133,8 @@ def main() -> None:
     if not line:
         os._exit(0)
     task = Task.model_validate_json(line)
+    logs.configure({"job": task.job, "attempt": task.attempt, "epoch": task.epoch, "request_id": task.request_id})
+    _log.info("working", extra={"fields": {"kind": task.args.kind, "pid": os.getpid(), "device": task.device}})
     context = Context(task, channel)
     # Whoever stops a whole group of processes stops this one first: it has a checkpoint to write.
     signal.signal(signal.SIGTERM, lambda *_: context.ask("interrupt"))
@@ -214,7 +220,7 @@ def _obey(context: Context) -> None:
             case {"interrupt": True}:
                 context.ask("interrupt")
             case other:
-                sys.stderr.write(f"unknown control line: {other!r:.200}\n")
+                _log.warning("unknown control line: %.200r", other)
     os._exit(1)
 
 
@@ -227,7 +233,7 @@ def _report_bug(channel: Channel) -> Any:
         failed = _failed(error, f"{kind.__name__}: {error}", permanent=True, code=None)["failed"]
         failed["traceback"] = "".join(traceback.format_exception(kind, error, where))
         channel.send({"failed": failed})
-        sys.__excepthook__(kind, error, where)
+        _log.error("a bug", exc_info=(kind, error, where))
         sys.stderr.flush()
         os._exit(1)
 

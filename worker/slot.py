@@ -40,6 +40,7 @@ class Slot:
             job=claim.public_id,
             epoch=claim.epoch,
             attempt=claim.attempt,
+            request_id=claim.request_id,
             args=claim.args,
             inputs=claim.inputs,
             resume=claim.resume,

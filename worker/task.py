@@ -14,6 +14,7 @@ class Task(Word):
     job: str
     epoch: int
     attempt: int
+    request_id: str | None = None
     args: JobArgs
     inputs: dict[str, Input]
     resume: list[str]

@@ -79,6 +79,23 @@ def test_a_bug_fails_the_job_for_good_with_its_traceback(tmp_path: Path) -> None
     assert "Traceback" in message["failed"]["traceback"]
 
 
+def test_what_a_runner_logs_names_its_job_and_the_request_that_submitted_it(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "scratch").write_text("a file where a folder should be")
+    (tmp_path / "data.jsonl").write_text('{"caption": "one"}\n')
+    args = IngestArgs(dataset="ds_x", source=str(tmp_path / "data.jsonl"))
+    with _child() as child:
+        child.send(_task(tmp_path, args=args, request_id="req_x").model_dump(mode="json"))
+        _messages(child)
+    lines = [json.loads(line) for line in capfd.readouterr().err.splitlines()]
+    about = {"job": "job_x", "attempt": 1, "epoch": 1, "request_id": "req_x"}
+    assert all({name: line[name] for name in about} == about for line in lines), lines
+    events = {line["event"]: line for line in lines}
+    assert events["working"]["kind"] == "ingest"
+    assert events["a bug"]["traceback"].startswith("Traceback")
+
+
 def test_the_last_message_is_the_result(tmp_path: Path) -> None:
     (tmp_path / "data.jsonl").write_text('{"caption": "one"}\n{"caption": "two"}\n')
     (tmp_path / "scratch").mkdir()
