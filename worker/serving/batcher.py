@@ -193,15 +193,9 @@ class Batcher:
                 chore = self._chores.popleft() if self._chores else None
                 batch = self._take() if chore is None else []
             if chore is not None:
-                self._do(chore)
+                self._attempt(lambda _, chore=chore: [chore()], [None])
             elif batch:
                 self._step(batch)
-
-    def _do(self, chore: Callable[[], None]) -> None:
-        try:
-            chore()
-        except Exception:
-            log.exception("a chore failed")
 
     def _take(self) -> Batch:
         """Take the next step's items: of the group that was served longest ago, its calls in turns."""
@@ -295,7 +289,7 @@ class Batcher:
 
 
 def _blame(error: Exception) -> IsthmusError:
-    log.error("an item failed on its own", exc_info=error)
+    log.error("an item or a chore failed on its own", exc_info=error)
     return Invalid("the model failed on this item", code="item_failed")
 
 

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from worker.serving.residency import Residency
 
 KEPT: Final = 8  # bridges between different models
+KEPT_ANSWERS: Final = 1024
 EMBEDDING_S: Final = 3600.0  # a bridge is embedded once for everybody, not within one caller's deadline
 GIVE_THROUGH: Final = "give the bridge items with `through`"
 
@@ -42,6 +43,7 @@ class Bridges:
         self._batcher = batcher
         self._device = device
         self._kept: OrderedDict[tuple[str, ...], asyncio.Task[Bridge]] = OrderedDict()
+        self._comparable: dict[tuple[str, str, str], bool] = {}  # digests and modality -> the answer, which stays
 
     async def between(self, first: Side, second: Side) -> Bridge:
         """Return the bridge vectors under the model of each of two legs.
@@ -60,6 +62,20 @@ class Bridges:
             message = "these legs are of two models, and not both keep the items of their bank"
             raise Invalid(f"{message}: {GIVE_THROUGH}", param="through", code="no_bank_items")
         return await self._embedded(first, second, banks)
+
+    async def comparable(self, first: Side, second: Side) -> bool:
+        """Tell whether two legs encode the modality in which they meet alike: then their vectors can be compared."""
+        (leg, one), (other, two) = first, second
+        if one is two:
+            return True
+        key = (leg.model.digest, other.model.digest, leg.to)
+        if (known := self._comparable.get(key)) is None:
+            # In a thread: every weight of a tower is looked at.
+            known = await asyncio.to_thread(_same_encoder, one, two, leg.to)
+            if len(self._comparable) >= KEPT_ANSWERS:
+                self._comparable.clear()
+            self._comparable[key] = known
+        return known
 
     def _check_same_tokens(self, first: Side, second: Side) -> None:
         modality = first[0].to
@@ -109,6 +125,11 @@ class Bridges:
             deadline=time.monotonic() + EMBEDDING_S,
         )
         return torch.stack(await self._batcher.submit(ticket))
+
+
+def _same_encoder(first: Loaded, second: Loaded, modality: str) -> bool:
+    one, two = (loaded.model.towers[modality].state_dict() for loaded in (first, second))
+    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
 
 
 def _bank(side: Side) -> Bank:

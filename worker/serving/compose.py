@@ -19,6 +19,7 @@ from service.contract.wire import ComposeAnswer
 from worker.composition.diagnostics import resultant, spearman
 from worker.composition.estimators import TRUSTED_SAMPLE_SIZE, direct, marginal
 from worker.serving.batcher import Entry
+from worker.serving.encode import within_memory
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -127,8 +128,12 @@ class Composer:
         return [Entry(at, length) for at in range(len(self._source))]
 
     @torch.inference_mode()
+    @within_memory()
     def run(self, sources: Sequence[int]) -> list[Row]:
-        """Answer for some sources."""
+        """Answer for some sources.
+
+        Raises Unavailable if the device has not the memory for it.
+        """
         z_sources, z_target, log_prior = self._prepare()
         scored = self._score(z_sources[torch.tensor(sources, device=self.device)], z_target)
         ranking = scored.score + log_prior.clamp(min=LOG_PRIOR_FLOOR)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, cast, final
 
@@ -11,7 +12,7 @@ import torch
 
 from service.contract.errors import Invalid, Malformed, Unavailable
 from service.contract.modality import AudioTokens, ContinuousTokens, DiscreteTokens, ImageTokens, TextTokens
-from worker.learning.device import precision_of
+from worker.learning.device import failure_of, precision_of
 from worker.learning.model import vocab_sizes
 from worker.learning.ragged import Ragged
 from worker.serving.batcher import Entry
@@ -112,18 +113,27 @@ def gather(items: Sequence[Item]) -> Ragged:
     return Ragged(values if values.ndim == 2 else values.long(), lengths, owners)
 
 
+@contextmanager
+def within_memory() -> Generator[None]:
+    """Raise Unavailable where the device, or the host, has not the memory: with less beside it, it may have."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        failure = failure_of(error)
+        if failure is None or failure.code != "out_of_memory":
+            raise
+        torch.cuda.empty_cache()
+        raise Unavailable("the device has not the memory for this", code=failure.code) from error
+
+
 @torch.inference_mode()
 def encode(loaded: Loaded, modality: str, device: torch.device, batch: Ragged) -> torch.Tensor:
     """Encode a batch to unit vectors (item, dimensions), float32 on the device.
 
     Raises Unavailable if the device has not the memory for it.
     """
-    try:
-        with precision_of(loaded.recipe.precision, device):
-            return loaded.model.encode(modality, batch.to(device))
-    except torch.OutOfMemoryError as error:
-        torch.cuda.empty_cache()
-        raise Unavailable("the device has not the memory for this", code="out_of_memory") from error
+    with within_memory(), precision_of(loaded.recipe.precision, device):
+        return loaded.model.encode(modality, batch.to(device))
 
 
 def encode_items(

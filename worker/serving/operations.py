@@ -15,7 +15,7 @@ from service.contract.recipe import pair_name
 from service.contract.wire import ComposeCall, EmbedCall
 from worker.serving.batcher import Batcher, Ticket
 from worker.serving.compose import Compared, Composer, Summed, Trained, Way
-from worker.serving.encode import encode_items, entries
+from worker.serving.encode import encode_items, entries, within_memory
 
 if TYPE_CHECKING:
     from service.contract.wire import Arrays, ComposeLeg
@@ -132,7 +132,7 @@ async def _way(parts: Parts, call: ComposeCall, legs: Legs, arrays: Arrays) -> W
             bank = loaded.banks.get(pair_name(leg.from_, leg.to))
             return Trained(float(loaded.model.scale(leg.from_, leg.to)), None if bank is None else bank.vectors[leg.to])
         case "direct", [(leg, first), (other, second)]:
-            if not _same_encoder(first, second, leg.to):
+            if not await parts.bridges.comparable(legs[0], legs[1]):
                 message = f"the two models encode {leg.to!r} differently, so their vectors cannot be compared"
                 raise Invalid(f"{message}: use the method marginal", param="method", code="encoders_differ")
             bank = first.banks.get(pair_name(leg.from_, leg.to))
@@ -141,18 +141,11 @@ async def _way(parts: Parts, call: ComposeCall, legs: Legs, arrays: Arrays) -> W
             if call.bank:
                 bridges = await parts.bridges.between(legs[0], legs[1])
             else:
-                bridges = _given_bridge(arrays, first, second, parts.device)
+                bridges = await asyncio.to_thread(_given_bridge, arrays, first, second, parts.device)
             scales = float(first.model.scale(leg.from_, leg.to)), float(second.model.scale(other.from_, other.to))
-            return Summed(scales, bridges, comparable=_same_encoder(first, second, leg.to))
+            return Summed(scales, bridges, comparable=await parts.bridges.comparable(legs[0], legs[1]))
         case _:
             raise Invalid("marginal sums over what joins two legs, and there is one", param="method", code="legs")
-
-
-def _same_encoder(first: Loaded, second: Loaded, modality: str) -> bool:
-    if first is second:
-        return True
-    one, two = (loaded.model.towers[modality].state_dict() for loaded in (first, second))
-    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
 
 
 def _vectors(arrays: Arrays, name: str, dim: int) -> np.ndarray:
@@ -183,5 +176,6 @@ def _given_bridge(
     right = _vectors(arrays, "bridge.1", second.recipe.dimensions)
     if len(left) != len(right):
         raise Malformed("bridge.0 and bridge.1 hold the same items")
-    z = [torch.nn.functional.normalize(torch.tensor(side, device=device), dim=1) for side in (left, right)]
+    with within_memory():
+        z = [torch.nn.functional.normalize(torch.tensor(side, device=device), dim=1) for side in (left, right)]
     return z[0], z[1]

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from service.contract.artifacts import Store, open_store
-from service.contract.errors import Invalid, IsthmusError, Malformed
+from service.contract.errors import Invalid, IsthmusError, Malformed, Unavailable
 from service.contract.wire import Arrays, ComposeAnswer, ModelRef, call_adapter
 from worker.learning.model import Loaded, load_model
 from worker.serving.batcher import Batcher
@@ -336,3 +336,12 @@ def test_a_step_over_a_large_bridge_has_few_sources() -> None:
         entries = Composer(way, source, target, log_prior=None, top_k=1, device=CPU).entries()
         per_step = 16_384 // entries[0].length
         assert per_step * len(bridge) <= 1 << 23
+
+
+def test_what_the_memory_does_not_hold_may_be_asked_again() -> None:
+    bank = torch.ones(1, 8).expand(1 << 48, 8)
+    z = unit(np.random.default_rng(0), 2)
+    composer = Composer(Trained(1.0, bank), z, z, log_prior=None, top_k=1, device=CPU)
+    with pytest.raises(Unavailable, match="has not the memory") as caught:
+        composer.run([0])
+    assert caught.value.code == "out_of_memory"
