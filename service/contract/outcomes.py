@@ -100,6 +100,12 @@ _CHECKPOINT: Final = insert(checkpoint).on_conflict_do_update(
         "created_at": now(),
     },
 )
+# What an earlier attempt saved beyond the step that this one went on from was passed over: it is damaged or gone.
+_FORGET_PASSED_OVER: Final = sa.delete(checkpoint).where(
+    checkpoint.c.job_id == sa.bindparam("of_job"),
+    checkpoint.c.epoch < sa.bindparam("of_epoch"),
+    checkpoint.c.step > sa.bindparam("from_step"),
+)
 # The trainer removes the files of all but its newest ones; a step that is gone is not found.
 _PRUNE_CHECKPOINTS: Final = sa.delete(checkpoint).where(
     checkpoint.c.job_id == sa.bindparam("of_job"),
@@ -169,6 +175,8 @@ def record(engine: sa.Engine, claim: Claim, worker_id: str, batch: Batch) -> boo
                 conn.execute(statement, rows)
         if checkpoints and isinstance(claim.args, TrainArgs):
             keep = (claim.args.recipe.budget or Budget()).keep_checkpoints
+            beyond = {"of_job": claim.id, "of_epoch": claim.epoch, "from_step": min(x.step for x in batch.checkpoints)}
+            conn.execute(_FORGET_PASSED_OVER, beyond)
             conn.execute(_PRUNE_CHECKPOINTS, {"of_job": claim.id, "keep": keep})
         return True
 
@@ -202,7 +210,7 @@ def finish_many(engine: sa.Engine, worker_id: str, ends: Sequence[tuple[Claim, R
 
 def fail(
     engine: sa.Engine,
-    claim: Claim,
+    held: Claim | Lease,
     worker_id: str,
     error: dict[str, Any],
     *,
@@ -216,7 +224,7 @@ def fail(
     """
 
     def work(conn: sa.Connection) -> State | None:
-        row = conn.execute(_HOLD, _fence(claim, worker_id)).one_or_none()
+        row = conn.execute(_HOLD, _fence(held, worker_id)).one_or_none()
         return None if row is None else give_up(conn, row, error, retry=retry, delay_s=delay_s)
 
     return transact(engine, work)

@@ -270,6 +270,21 @@ def test_a_batch_is_written_whole(world: Any) -> None:
     assert [row.digest for row in world.rows(checkpoint)] == ["d" * 64]
 
 
+def test_checkpoints_that_a_later_attempt_passed_over_are_listed_no_more(world: Any) -> None:
+    world.worker()
+    public_id = world.add(_train(world.dataset(), None))
+    claim = world.take(lane="train")
+    saved = [Saved(step, f"checkpoints/j/{step}-1", str(step) * 64, {}) for step in (4, 6, 8)]
+    assert outcomes.record(world.engine, claim, "w1", Batch(checkpoints=saved))
+    assert {row.step for row in world.rows(checkpoint)} == {6, 8}
+    assert outcomes.release(world.engine, claim, "w1") == "queued"
+    again = world.take(lane="train")
+    assert again.public_id == public_id
+    assert again.resume == ["checkpoints/j/8-1", "checkpoints/j/6-1"]
+    assert outcomes.record(world.engine, again, "w1", Batch(checkpoints=saved[1:2]))  # 8 could not be read
+    assert [(row.step, row.epoch) for row in world.rows(checkpoint)] == [(6, 2)]
+
+
 def test_text_that_no_json_column_holds_is_mended(world: Any) -> None:
     world.worker()
     world.ingest()
