@@ -124,6 +124,8 @@ async def _open(settings: Settings, telemetry: Telemetry) -> AsyncGenerator[Serv
         opened.push_async_callback(gateway.stop)
         followers = Followers(database)
         opened.push_async_callback(followers.close)
+        known_keys = Keys(settings, database)
+        opened.push_async_callback(known_keys.close)
         limits = Limits(max_pixels=settings.max_pixels, max_audio_s=settings.max_audio_s)
         service = Service(
             settings=settings,
@@ -132,7 +134,7 @@ async def _open(settings: Settings, telemetry: Telemetry) -> AsyncGenerator[Serv
             store=store,
             gateway=gateway,
             catalogue=Catalogue(database, store, limits),
-            keys=Keys(settings, database),
+            keys=known_keys,
             followers=followers,
             labels=LabelCache(),
             telemetry=telemetry,

@@ -174,6 +174,7 @@ _key = Key(
     created_at=_AT,
     expires_at=None,
     revoked_at=None,
+    last_used_at=None,
 )
 
 

@@ -6,6 +6,7 @@ the right one. Without any key in the database the service is open on a loopback
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import logging
 import math
@@ -14,7 +15,7 @@ import secrets
 import time
 from collections import OrderedDict
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Annotated, Final, Literal, cast, final
 from urllib.parse import urlsplit
@@ -23,7 +24,7 @@ import sqlalchemy as sa
 from pydantic import Field, StrictInt
 from sqlalchemy.dialects.postgresql import insert
 
-from service.contract.dialects import now
+from service.contract.dialects import after, now
 from service.contract.errors import Forbidden, TooMany, Unauthenticated, Unavailable
 from service.contract.host import is_loopback
 from service.contract.settings import Settings
@@ -38,6 +39,7 @@ ALL_SCOPES: Final[tuple[Scope, ...]] = ("read", "infer", "write", "admin")
 PREFIX: Final = "isk_"
 KEY: Final = re.compile(rf"^{PREFIX}[{ALPHABET}]{{32}}\Z")
 FRESH_S: Final = 5.0
+NOTED_S: Final = 60.0  # between two notes that a key is in use
 MAX_CACHED: Final = 10_000
 DEFAULT_TENANT: Final = "default"
 
@@ -155,7 +157,8 @@ class _Bucket:
 class _Known:
     caller: Caller | None
     at: float
-    bucket: _Bucket = field(default_factory=lambda: _Bucket(math.inf, 0.0))
+    bucket: _Bucket
+    noted_at: float = -math.inf
 
 
 @final
@@ -168,6 +171,11 @@ class Keys:
         self._known: OrderedDict[str, _Known] = OrderedDict()
         self._has_key: bool | None = None
         self._has_key_at = -math.inf
+        self._notes: set[asyncio.Task[None]] = set()
+
+    async def close(self) -> None:
+        """Finish what is being written."""
+        await asyncio.gather(*self._notes)
 
     async def has_key(self) -> bool:
         """Tell whether any key exists.
@@ -210,7 +218,18 @@ class Keys:
             raise Unauthenticated("the API key is not valid")
         if caller.requests_per_minute is not None:
             _take(known.bucket, caller.requests_per_minute)
+        if caller.key_id is not None and time.monotonic() - known.noted_at >= NOTED_S:
+            known.noted_at = time.monotonic()
+            note = asyncio.create_task(self._note_use(caller.key_id))  # no request waits for it
+            self._notes.add(note)
+            note.add_done_callback(self._notes.discard)
         return caller
+
+    async def _note_use(self, key_id: str) -> None:
+        try:
+            await self._database.write(lambda conn: conn.execute(_USED, {"key": key_id}))
+        except (Unavailable, TooMany) as error:
+            log.info("the use of a key is not noted: %s", error.message)
 
     def _open(self, headers: Mapping[str, str]) -> Caller:
         if self._settings.insecure:
@@ -244,6 +263,17 @@ class Keys:
                 self._known.popitem(last=False)
         known.caller, known.at = caller, at
         return known
+
+
+# Other processes note it too: one write in a minute is enough for all of them.
+_USED: Final = (
+    sa.update(api_key)
+    .where(
+        api_key.c.id == sa.bindparam("key"),
+        api_key.c.last_used_at.is_(None) | (api_key.c.last_used_at < after(sa.literal(-NOTED_S))),
+    )
+    .values(last_used_at=now())
+)
 
 
 def _select_caller(conn: sa.Connection, digest: str) -> Caller | None:

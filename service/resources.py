@@ -223,6 +223,7 @@ class Key(Word):
     created_at: datetime
     expires_at: datetime | None
     revoked_at: datetime | None
+    last_used_at: Annotated[datetime | None, Field(description="to the minute; null: never")]
 
 
 class CreatedKey(Word):
@@ -348,4 +349,5 @@ def key_of(row: sa.Row[Any]) -> Key:
         created_at=row.created_at,
         expires_at=row.expires_at,
         revoked_at=row.revoked_at,
+        last_used_at=row.last_used_at,
     )

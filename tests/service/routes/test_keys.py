@@ -51,6 +51,25 @@ async def test_a_key_is_shown_once_and_kept_as_a_hash(api: Any) -> None:
     assert (await api.client.delete("/v1/keys/key_none", headers=bearer(admin))).status_code == 404
 
 
+async def test_when_a_key_was_last_used_is_noted_beside_the_requests(api: Any) -> None:
+    key_for(api, name="idle")
+    admin = key_for(api, name="busy")
+    began = datetime.now(UTC) - timedelta(seconds=1)
+    for _ in range(3):
+        assert (await api.get("/v1/limits", headers=bearer(admin))).status_code == 200
+    await api.service.keys.close()
+    listed = (await api.get("/v1/keys", headers=bearer(admin))).json()["data"]
+    used = {entry["name"]: entry["last_used_at"] for entry in listed}
+    assert used["idle"] is None
+    noted = datetime.fromisoformat(used["busy"])
+    assert began <= noted <= datetime.now(UTC) + timedelta(seconds=1)
+    api.service.keys.forget()  # like another process
+    await api.get("/v1/limits", headers=bearer(admin))
+    await api.service.keys.close()
+    listed = (await api.get("/v1/keys", headers=bearer(admin))).json()["data"]
+    assert datetime.fromisoformat(listed[0]["last_used_at"]) == noted  # it was noted within this minute
+
+
 async def test_whatever_is_wrong_with_a_key_the_answer_is_the_same(small: Any) -> None:
     good = key_for(small)
     expired = key_for(small, expires_at=datetime.now(UTC) - timedelta(seconds=1))
