@@ -21,6 +21,8 @@ import psycopg
 import sqlalchemy as sa
 from sqlalchemy import event
 
+from service.contract.deadline import TimedConnection
+from service.contract.dialects import LINK
 from service.contract.host import leave_socket_folder, make_socket_folder, socket_folder
 
 CHANNEL: Final = "isthmus_job"
@@ -78,7 +80,7 @@ class Listener:
         try:
             if self._engine.dialect.name == "postgresql":
                 url = self._engine.url.set(drivername="postgresql").render_as_string(hide_password=False)
-                self._connection = psycopg.connect(url, autocommit=True, connect_timeout=5)
+                self._connection = TimedConnection.connect(url, autocommit=True, **LINK)
                 self._connection.execute(f"LISTEN {CHANNEL}")
             elif (data := _data_folder(self._engine)) is not None:
                 self._path = make_socket_folder(data) / f"wake-{os.getpid()}-{uuid.uuid4().hex[:8]}"
