@@ -4,22 +4,18 @@ from __future__ import annotations
 
 import csv
 import io
-from typing import Annotated, Any, Final, Literal, assert_never
+from typing import Annotated, Any, Final, Literal
 
 import sqlalchemy as sa
 from fastapi import APIRouter, Body, Header, Query, Request, Response
 from fastapi.responses import StreamingResponse
-from pydantic import Field, StrictInt, StringConstraints
+from pydantic import Field
 
 from service.aliases import check_alias
 from service.contract import queue
 from service.contract.errors import Conflict, Invalid, Malformed, NotFound, UnsupportedMedia
-from service.contract.jobs import EmbedArgs, EvaluateArgs, TrainArgs
-from service.contract.modality import medium_of
-from service.contract.recipe import Recipe
-from service.contract.references import resolve_model
-from service.contract.tables import checkpoint, dataset, job, job_event, metric, model, owned
-from service.contract.word import Moment, Name, Word
+from service.contract.tables import checkpoint, job, job_event, metric, owned
+from service.contract.word import Name
 from service.deps import IdempotencyKey, Reader, Running, Service, Writer
 from service.edge import idempotency
 from service.edge.bodies import StrictRoute
@@ -41,57 +37,12 @@ from service.resources import (
     job_of,
     select_jobs,
 )
+from service.submissions import EXAMPLES, AnySubmission, SubmitTrain, args_of, check_fit
 
 router = APIRouter(tags=["jobs"], prefix="/v1/jobs", route_class=StrictRoute)
 
-MetadataKey = Annotated[str, StringConstraints(strict=True, min_length=1, max_length=64)]
-MetadataValue = Annotated[str, StringConstraints(strict=True, max_length=512)]
 MAX_EVENT_ID: Final = 2**62
 MAX_POINTS: Final = 200_000
-
-
-class Submission(Word):
-    """What every job may carry beside its arguments."""
-
-    priority: Annotated[StrictInt, Field(ge=0, le=9, description="0 is served first, 9 last")] = 5
-    run_at: Annotated[Moment | None, Field(description="not before this time")] = None
-    metadata: Annotated[dict[MetadataKey, MetadataValue] | None, Field(description="your own", max_length=16)] = None
-
-
-class SubmitTrain(TrainArgs, Submission):
-    """Train a recipe into a model; `name` becomes the model's alias when it is ready."""
-
-
-class SubmitEmbed(EmbedArgs, Submission):
-    """Embed one modality of a data set into an embedding set."""
-
-    name: Name | None = None
-
-
-class SubmitEvaluate(EvaluateArgs, Submission):
-    """Measure a model on held-out data."""
-
-    name: Name | None = None
-
-
-AnySubmission = SubmitTrain | SubmitEmbed | SubmitEvaluate
-_EXAMPLES: Final[dict[str, Any]] = {
-    "train": {
-        "value": {
-            "kind": "train",
-            "name": "digits",
-            "recipe": {
-                "towers": {
-                    "image": {"tokens": {"kind": "image", "size": 28, "patch": 7, "channels": 1}},
-                    "text": {"tokens": {"kind": "text", "max_length": 32}},
-                },
-                "pairs": [{"dataset": "ds_...", "modalities": ["image", "text"]}],
-            },
-        }
-    },
-    "embed": {"value": {"kind": "embed", "model": "digits", "dataset": "ds_...", "modality": "image"}},
-    "evaluate": {"value": {"kind": "evaluate", "model": "digits", "datasets": ["ds_..."]}},
-}
 
 
 @router.post(
@@ -105,7 +56,7 @@ _EXAMPLES: Final[dict[str, Any]] = {
 async def create(
     service: Running,
     caller: Writer,
-    body: Annotated[AnySubmission, Field(discriminator="kind"), Body(openapi_examples=_EXAMPLES)],
+    body: Annotated[AnySubmission, Field(discriminator="kind"), Body(openapi_examples=EXAMPLES)],
     idempotency_key: IdempotencyKey = None,
 ) -> Response:
     """Queue a job. What it names must exist, and fit, now."""
@@ -120,8 +71,8 @@ async def create(
     def work(conn: sa.Connection) -> Answer:
         if (first := idempotency.replay(conn, tenant, key, digest)) is not None:
             return first
-        args = _args(body)
-        _check_fit(conn, tenant, args)
+        args = args_of(body)
+        check_fit(conn, tenant, args)
         public_id = queue.enqueue(
             conn,
             tenant=tenant,
@@ -137,58 +88,6 @@ async def create(
 
     answer = await service.database.write(work)
     return idempotency.respond(answer, {"location": f"/v1/jobs/{answer.body['id']}"})
-
-
-def _args(body: AnySubmission) -> TrainArgs | EmbedArgs | EvaluateArgs:
-    """Return the arguments alone: what a worker reads and nobody's metadata."""
-    match body:
-        case SubmitTrain():
-            return TrainArgs(recipe=body.recipe, name=body.name)
-        case SubmitEmbed():
-            return EmbedArgs.model_validate(body.model_dump(include=set(EmbedArgs.model_fields)))
-        case SubmitEvaluate():
-            return EvaluateArgs.model_validate(body.model_dump(include=set(EvaluateArgs.model_fields)))
-        case _:
-            assert_never(body)
-
-
-def _check_fit(conn: sa.Connection, tenant: str, args: TrainArgs | EmbedArgs | EvaluateArgs) -> None:
-    """Refuse now what could only fail later: a data set or model without the modality that is asked of it."""
-    match args:
-        case TrainArgs():
-            _check_recipe(conn, tenant, args.recipe)
-        case EmbedArgs():
-            if "@" not in args.model:
-                found = resolve_model(conn, tenant, args.model)
-                info = conn.execute(owned(model, tenant).where(model.c.id == found["id"])).one().info
-                if args.modality not in info["modalities"]:
-                    raise Invalid(f"the model has {', '.join(info['modalities'])}", param="modality")
-            known = _media(conn, tenant, args.dataset)
-            if known is not None and args.modality not in known:
-                raise Invalid(f"the data set has {', '.join(known)}", param="modality")
-        case EvaluateArgs():
-            pass
-        case _:
-            assert_never(args)
-
-
-def _check_recipe(conn: sa.Connection, tenant: str, recipe: Recipe) -> None:
-    for index, pair in enumerate(recipe.pairs):
-        known = _media(conn, tenant, pair.dataset)
-        if known is None:
-            continue  # enqueue says what is wrong with it
-        at = f"recipe.pairs[{index}].modalities"
-        for modality in pair.modalities:
-            if modality not in known:
-                raise Invalid(f"{modality!r} is not in the data set, which has {', '.join(known)}", param=at)
-            wanted = medium_of(recipe.towers[modality].tokens)
-            if known[modality] != wanted:
-                raise Invalid(f"{modality!r} is {known[modality]} in the data set, the tower reads {wanted}", param=at)
-
-
-def _media(conn: sa.Connection, tenant: str, dataset_id: str) -> dict[str, str] | None:
-    row = conn.execute(owned(dataset, tenant).where(dataset.c.id == dataset_id)).first()
-    return row.info["modalities"] if row is not None and row.info is not None else None
 
 
 @router.get("", operation_id="list_jobs", summary="List jobs")
