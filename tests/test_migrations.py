@@ -85,4 +85,4 @@ def test_upgrading_makes_the_folder_of_an_sqlite_file(tmp_path: Path) -> None:
 
 def test_the_scripts_are_found_in_a_checkout() -> None:
     assert (script_folder() / "env.py").exists()
-    assert ScriptDirectory(str(script_folder())).get_current_head() == "0001"
+    assert ScriptDirectory(str(script_folder())).get_current_head() == "0002"

@@ -8,19 +8,19 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import sqlalchemy as sa
 from pydantic import ValidationError
 
-from service.contract import references
+from service.contract import picking, references
 from service.contract.dialects import after, now
 from service.contract.errors import RequestError
-from service.contract.jobs import Input, Lane, State, TrainArgs, args_adapter
-from service.contract.outcomes import add_event, end, give_up
+from service.contract.jobs import IngestArgs, Input, Lane, State, TrainArgs, args_adapter
+from service.contract.outcomes import fail, give_up
 from service.contract.references import Args
-from service.contract.tables import checkpoint, job, job_event, job_input, worker
+from service.contract.tables import checkpoint, job, job_input, worker
 from service.contract.transact import read, transact
 
 _log = logging.getLogger(__name__)
@@ -32,23 +32,13 @@ _ttl = after(sa.bindparam("minus_ttl_s", type_=sa.Double))
 _HEARTBEAT: Final = (
     sa.update(worker).where(worker.c.id == sa.bindparam("worker")).values(last_seen=now()).returning(worker.c.draining)
 )
-# The first event of a job's history names the request that submitted it. A literal: in RETURNING, SQLAlchemy leaves the
-# table's name out for SQLite, and a bare `id` is the event's.
-_request_id = (
-    sa.select(job_event.c.detail["request_id"].as_string())
-    .where(job_event.c.job_id == sa.literal_column("job.id"))
-    .order_by(job_event.c.id)
-    .limit(1)
-    .scalar_subquery()
-    .label("request_id")
-)
 _LEASES: Final = sa.select(
     job.c.id,
     job.c.public_id,
     job.c.lease_epoch,
     job.c.attempt,
     job.c.cancel_requested_at.is_not(None).label("cancel"),
-    _request_id,
+    job.c.request_id,
 ).where(_RUNNING, job.c.worker_id == sa.bindparam("worker"))
 _PROMOTE: Final = (
     sa.update(job)
@@ -62,50 +52,6 @@ _PROMOTE: Final = (
         )
     )
     .values(state=sa.literal_column("'queued'"))
-)
-# A materialised pick: a plan that joins a limited subquery in a loop could update more rows than the limit.
-_pick = (
-    sa.select(job.c.id)
-    .where(
-        job.c.state == sa.literal_column("'queued'"),
-        job.c.lane == sa.bindparam("at_lane"),
-        job.c.kind.in_(sa.bindparam("kinds", expanding=True)),
-        sa.exists().where(
-            worker.c.id == sa.bindparam("me"), worker.c.draining.is_(sa.false()), worker.c.last_seen > _ttl
-        ),
-    )
-    .order_by(job.c.priority, job.c.fair_seq, job.c.id)
-    .limit(sa.bindparam("num"))
-    .with_for_update(of=job, skip_locked=True)
-    .cte("pick")
-    .prefix_with("MATERIALIZED")
-)
-_CLAIM: Final = (
-    sa.update(job)
-    .where(job.c.id.in_(sa.select(_pick.c.id)))
-    .values(
-        state=sa.literal_column("'running'"),
-        worker_id=sa.bindparam("me"),
-        lease_epoch=job.c.lease_epoch + 1,
-        attempt=job.c.attempt + 1,
-        started_at=now(),
-        deadline_at=after(job.c.deadline_s),
-    )
-    .returning(
-        job.c.id,
-        job.c.public_id,
-        job.c.tenant_id,
-        job.c.lane,
-        job.c.kind,
-        job.c.lease_epoch,
-        job.c.attempt,
-        job.c.max_attempts,
-        job.c.deadline_s,
-        job.c.priority,
-        job.c.fair_seq,
-        job.c.args,
-        _request_id,
-    )
 )
 _RESUME: Final = (
     sa.select(checkpoint.c.artifact)
@@ -124,7 +70,7 @@ _orphan = (
         job.c.args,
         job.c.worker_id,
         job.c.cancel_requested_at.is_not(None).label("cancel_requested"),
-        _request_id,
+        job.c.request_id,
     )
     .order_by(job.c.worker_id, job.c.id)  # the order of job_running
     .limit(_BATCH)
@@ -196,14 +142,6 @@ class Lease:
     request_id: str | None = None
 
 
-@dataclass(frozen=True)
-class _Refused:
-    """A job that failed for good as it was claimed."""
-
-    row: sa.Row[*tuple[Any, ...]]
-    message: str
-
-
 _Rescued = tuple[sa.Row[*tuple[Any, ...]], State]
 
 
@@ -261,27 +199,27 @@ def promote(engine: sa.Engine) -> int:
 
 
 def claim(
-    engine: sa.Engine, *, worker_id: str, lane: Lane, kinds: Sequence[str], ttl_s: float, limit: int = 1
+    engine: sa.Engine,
+    *,
+    worker_id: str,
+    lane: Lane,
+    kinds: Sequence[str],
+    ttl_s: float,
+    limit: int = 1,
+    oldest: bool = False,
 ) -> list[Claim]:
     """Take up to `limit` jobs of a lane, first in its order, of the kinds that this worker knows.
 
-    A worker that is draining, unregistered or silent for longer than `ttl_s` gets none. A job that cannot be read or
-    whose inputs are gone fails for good here, and the next one is taken in its place.
+    With `oldest` the order leaves the priority out. A worker that is draining, unregistered or silent for longer than
+    `ttl_s` gets none. A job that cannot be read or whose inputs are gone fails for good here, and the next one is taken
+    in its place.
     """
-    params = {"me": worker_id, "at_lane": lane, "kinds": list(kinds), "num": limit, "minus_ttl_s": -ttl_s}
-
-    def work(conn: sa.Connection) -> list[Claim | _Refused]:
-        rows = sorted(conn.execute(_CLAIM, params).all(), key=lambda row: (row.priority, row.fair_seq, row.id))
-        return [_open(conn, worker_id, row) for row in rows]
-
     while True:
-        found = transact(engine, work)
-        for refused in found:
-            if isinstance(refused, _Refused):
-                fields = {**_about(refused.row), "state": "failed", "error": refused.message}
-                _log.warning("refused", extra={"fields": fields})
-        claims = [claim for claim in found if isinstance(claim, Claim)]
-        if claims or not found:
+        rows = picking.pick(
+            engine, worker_id=worker_id, lane=lane, kinds=kinds, ttl_s=ttl_s, limit=limit, oldest=oldest
+        )
+        claims = _open(engine, worker_id, rows)
+        if claims or not rows:
             return claims
 
 
@@ -333,24 +271,31 @@ def _about(row: sa.Row[*tuple[Any, ...]]) -> dict[str, object]:
     return {"job": row.public_id, "attempt": row.attempt, "epoch": row.lease_epoch, "request_id": row.request_id}
 
 
-def _open(conn: sa.Connection, worker_id: str, row: sa.Row[*tuple[Any, ...]]) -> Claim | _Refused:
-    try:
-        args = args_adapter.validate_python(row.args)
-        inputs = references.resolve(conn, row.tenant_id, args)
-    except ValidationError as error:
-        message = f"this version cannot read the job's args: {error.error_count()} errors"
-        return _refuse(conn, row, {"type": "Invalid", "message": message, "code": "args_unreadable"})
-    except RequestError as error:
-        return _refuse(conn, row, {"type": type(error).__name__, "message": error.message, "code": error.code})
-    # An alias may have moved since the job was enqueued: what is read now must not be deleted either.
-    known = set(conn.execute(_KNOWN_INPUTS, {"job_id": row.id}).scalars()) if inputs else set[str]()
-    if new := {references.row_of(found) for found in inputs.values()} - known:
-        conn.execute(
-            sa.insert(job_input), [{"job_id": row.id, "ref": ref, "tenant_id": row.tenant_id} for ref in sorted(new)]
-        )
-    resume = conn.execute(_RESUME, {"job_id": row.id}).scalars().all() if isinstance(args, TrainArgs) else ()
-    detail = {"attempt": row.attempt, "worker": worker_id}
-    add_event(conn, row, "started", detail)
+def _open(engine: sa.Engine, worker_id: str, rows: Sequence[picking.Row]) -> list[Claim]:
+    # The rows are this worker's already. Should it die before it has read what they refer to, it is as if it had died
+    # at work; should only the database go, the next look at the leases puts them back.
+    claims: list[Claim] = []
+    for row in rows:
+        try:
+            claims.append(_claim_of(row))
+        except ValidationError as error:
+            message = f"this version cannot read the job's args: {error.error_count()} errors"
+            lease = Lease(row.id, row.public_id, row.lease_epoch, row.attempt, False, row.request_id)  # noqa: FBT003
+            _refuse(engine, worker_id, lease, {"type": "Invalid", "message": message, "code": "args_unreadable"})
+    if all(isinstance(found.args, IngestArgs) for found in claims):  # which reads nothing that has a row
+        return claims
+    opened = transact(engine, lambda conn: [_with_inputs(conn, found) for found in claims])
+    kept: list[Claim] = []
+    for found, error in opened:
+        if error is None:
+            kept.append(found)
+        else:
+            told = {"type": type(error).__name__, "message": error.message, "code": error.code}
+            _refuse(engine, worker_id, found, told)
+    return kept
+
+
+def _claim_of(row: picking.Row) -> Claim:
     return Claim(
         id=row.id,
         public_id=row.public_id,
@@ -361,13 +306,28 @@ def _open(conn: sa.Connection, worker_id: str, row: sa.Row[*tuple[Any, ...]]) ->
         attempt=row.attempt,
         max_attempts=row.max_attempts,
         deadline_s=row.deadline_s,
-        args=args,
-        inputs=inputs,
-        resume=list(resume),
+        args=args_adapter.validate_python(row.args),
+        inputs={},
+        resume=[],
         request_id=row.request_id,
     )
 
 
-def _refuse(conn: sa.Connection, row: sa.Row[*tuple[Any, ...]], error: dict[str, Any]) -> _Refused:
-    end(conn, row, "failed", error)
-    return _Refused(row, error["message"])
+def _with_inputs(conn: sa.Connection, found: Claim) -> tuple[Claim, RequestError | None]:
+    try:
+        inputs = references.resolve(conn, found.tenant_id, found.args)
+    except RequestError as error:
+        return found, error
+    # An alias may have moved since the job was enqueued: what is read now must not be deleted either.
+    known = set(conn.execute(_KNOWN_INPUTS, {"job_id": found.id}).scalars()) if inputs else set[str]()
+    if new := {references.row_of(used) for used in inputs.values()} - known:
+        at = {"job_id": found.id, "tenant_id": found.tenant_id}
+        conn.execute(sa.insert(job_input), [{**at, "ref": ref} for ref in sorted(new)])
+    resume = conn.execute(_RESUME, {"job_id": found.id}).scalars().all() if isinstance(found.args, TrainArgs) else ()
+    return replace(found, inputs=inputs, resume=list(resume)), None
+
+
+def _refuse(engine: sa.Engine, worker_id: str, held: Claim | Lease, error: dict[str, Any]) -> None:
+    state = fail(engine, held, worker_id, error, retry=False)
+    fields = {**about(held), "state": state or "lost", "error": error["message"]}
+    _log.warning("refused", extra={"fields": fields})

@@ -145,8 +145,8 @@ def enqueue(
 
     What the job reads is looked up and recorded in `job_input`. With a `unique_key` that an unfinished job of the same
     tenant and kind carries, nothing is added and that job's id is returned. `cost` is the estimated work, in units of
-    the caller's choice, that fairness between tenants counts. `request_id` is kept in the job's history, and every log
-    line about the job carries it. Waiting supervisors are woken when the transaction commits.
+    the caller's choice, that fairness between tenants counts. Every log line about the job carries its
+    `request_id`. Waiting supervisors are woken when the transaction commits.
 
     Raises NotFound, Conflict or Invalid for an input that cannot be read, Invalid for a time without a zone or a
     priority outside 0..9, TooLarge, and TooMany when the tenant has its limit of jobs waiting.
@@ -173,6 +173,7 @@ def enqueue(
             "args": body,
             "meta": meta,
             "unique_key": unique_key,
+            "request_id": request_id,
         }
         statement = _INSERT.values(**row)
         if run_at is not None:
@@ -184,7 +185,7 @@ def enqueue(
         # Another transaction took the unique key between the look and the insertion: its job is the answer.
     if refs := sorted({references.row_of(found) for found in inputs.values()}):
         conn.execute(sa.insert(job_input), [{"job_id": added.id, "ref": ref, "tenant_id": tenant} for ref in refs])
-    add_event(conn, added, "queued", {} if request_id is None else {"request_id": request_id})
+    add_event(conn, added, "queued", {})
     wake.hint(conn)
     return public_id
 

@@ -95,11 +95,13 @@ job = Table(
     Column("error", Json, comment="the last one; the history is in job_event"),
     Column("unique_key", Text),
     _created(),
+    Column("request_id", Text, comment="of the request that submitted it"),
     CheckConstraint("state IN ('scheduled','queued','running','succeeded','failed','cancelled')", name="state"),
     CheckConstraint("priority BETWEEN 0 AND 9", name="priority"),
     CheckConstraint("(state IN ('succeeded','failed','cancelled')) = (finished_at IS NOT NULL)", name="finished"),
     CheckConstraint("(state = 'running') = (worker_id IS NOT NULL)", name="leased"),
     _partial("job_claim", "lane", "priority", "fair_seq", "id", where="state = 'queued'"),
+    _partial("job_fair", "lane", "fair_seq", "id", where="state = 'queued'"),
     _partial("job_due", "run_at", where="state = 'scheduled'"),
     _partial("job_running", "worker_id", where="state = 'running'"),
     _partial("job_deadline", "deadline_at", where="state = 'running'"),
@@ -232,6 +234,7 @@ tenant_queue = Table(
     Column("max_running", Integer),
     Column("max_queued", Integer),
     Index("tenant_queue_vtime", "lane", "vtime"),
+    _partial("tenant_queue_capped", "lane", where="max_running IS NOT NULL"),
 )
 
 dataset = Table(

@@ -8,7 +8,7 @@ import pytest
 import sqlalchemy as sa
 from sqlalchemy import event
 
-from service.contract import leases, outcomes, queue
+from service.contract import leases, outcomes, picking, queue
 from service.contract.dialects import Json
 from service.contract.dialects import after as after_s
 from service.contract.jobs import EmbedArgs, TrainArgs
@@ -291,7 +291,9 @@ def test_a_claim_walks_its_index_past_many_finished_jobs(world: Any) -> None:
         conn.execute(sa.text("ANALYZE"))
         conn.commit()
     for statement, index in (
-        (leases._CLAIM, "job_claim"),
+        (picking._CLAIM[False, False], "job_claim"),
+        (picking._CLAIM[False, True], "job_claim"),
+        (picking._CLAIM[True, False], "job_fair"),
         (leases._PROMOTE, "job_due"),
         (leases._ORPHANS, "job_running|job_deadline"),
         (leases._LEASES, "job_running|job_deadline"),

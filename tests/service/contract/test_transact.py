@@ -6,7 +6,7 @@ import pytest
 import sqlalchemy as sa
 from sqlalchemy.exc import DBAPIError, OperationalError
 
-from service.contract import completion, leases, outcomes, queue
+from service.contract import completion, leases, outcomes, picking, queue
 from service.contract.transact import read, transact
 
 BUSY = "database is locked"
@@ -76,6 +76,12 @@ def test_reading_takes_no_write_lock(engine: sa.Engine) -> None:
 
 
 def test_a_statement_built_once_is_compiled_once() -> None:
-    of_leases = (leases._CLAIM, leases._PROMOTE, leases._ORPHANS, leases._HEARTBEAT)
+    of_leases = (
+        picking._CLAIM[False, False],
+        picking._CLAIM_NOTED[True, True],
+        leases._PROMOTE,
+        leases._ORPHANS,
+        leases._HEARTBEAT,
+    )
     for statement in (*of_leases, completion._SUCCEED_TOGETHER, outcomes._LATER, queue._CHARGE, queue._CANCEL):
         assert statement._generate_cache_key() is not None, statement
