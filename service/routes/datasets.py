@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import base64
 import re
-from typing import Annotated, Any, Final, Literal, cast
+from typing import Annotated, Any, Final, Literal
 from urllib.parse import urlsplit
 
 import anyio
@@ -19,7 +18,6 @@ from service.contract.jobs import Holdout, IngestArgs
 from service.contract.references import is_needed
 from service.contract.samples import Samples
 from service.contract.tables import dataset, job, owned
-from service.contract.tokens.decode import array
 from service.contract.word import ModalityName, Name, Real, Text, Word, new_id
 from service.deps import IdempotencyKey, Reader, Running, Service, Writer
 from service.edge import idempotency
@@ -29,12 +27,12 @@ from service.edge.paging import WantedPage, check_id, select_page
 from service.edge.problems import documented, validate
 from service.edge.uploads import Upload, receive
 from service.keys import Caller
+from service.previews import preview
 from service.resources import (
     Dataset,
     DatasetCreated,
     DatasetList,
     Deleted,
-    Sample,
     SampleList,
     dataset_of,
     job_of,
@@ -45,17 +43,7 @@ router = APIRouter(tags=["datasets"], prefix="/v1/datasets")
 
 REMOTE: Final = frozenset({"s3", "gs", "az"})
 PATTERN: Final = re.compile(r"[*?\[{]")
-PREVIEW_BYTES: Final = 256 << 10
-PREVIEW_TOKENS: Final = 64
 MAX_NAMED: Final = 64
-_SIGNATURES: Final = (
-    (b"\x89PNG", "image/png"),
-    (b"\xff\xd8", "image/jpeg"),
-    (b"GIF8", "image/gif"),
-    (b"fLaC", "audio/flac"),
-    (b"OggS", "audio/ogg"),
-    (b"ID3", "audio/mpeg"),
-)
 
 
 class Described(Word):
@@ -322,40 +310,9 @@ async def list_samples(
     def work() -> SampleList:
         samples = Samples(service.store.local(row.artifact))
         indices = samples.indices(split)[offset : offset + limit + 1].tolist()
-        return SampleList(data=[_preview(samples, index) for index in indices[:limit]], has_more=len(indices) > limit)
+        return SampleList(data=[preview(samples, index) for index in indices[:limit]], has_more=len(indices) > limit)
 
     return await service.in_file_thread(work)
-
-
-def _preview(samples: Samples, index: int) -> Sample:
-    return Sample(
-        index=index,
-        key=samples.key(index),
-        label=samples.label(index) or None,
-        split="holdout" if samples.split[index] else "train",
-        items={
-            modality: _preview_item(medium, samples.payload(modality, index))
-            for modality, medium in samples.modalities.items()
-        },
-    )
-
-
-def _preview_item(medium: str, payload: bytes) -> str | list[int] | list[list[float]] | None:
-    if len(payload) > PREVIEW_BYTES:
-        return None
-    match medium:
-        case "text":
-            return payload.decode()
-        case "image" | "audio":
-            return f"data:{_media_type(medium, payload)};base64,{base64.b64encode(payload).decode()}"
-        case _:
-            return cast("list[int] | list[list[float]]", array(payload)[:PREVIEW_TOKENS].tolist())
-
-
-def _media_type(medium: str, payload: bytes) -> str:
-    if payload[:4] == b"RIFF":
-        return "image/webp" if medium == "image" else "audio/wav"
-    return next((found for signature, found in _SIGNATURES if payload.startswith(signature)), f"{medium}/octet-stream")
 
 
 @router.delete(
