@@ -18,18 +18,15 @@ import socket
 import sqlite3
 import time
 from collections.abc import Iterable
-from importlib.metadata import PackageNotFoundError, version
-from typing import Final, assert_never, cast, final
+from typing import Final, cast, final
 
 from sqlalchemy.exc import DataError, DBAPIError, IntegrityError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from service.contract import leases, outcomes, queue
 from service.contract.dialects import open_engine
-from service.contract.errors import TooLarge
-from service.contract.host import boot_id, host_name
-from service.contract.jobs import KINDS, Lane, State
-from service.contract.leases import Claim, WorkerInfo
+from service.contract.jobs import KINDS, Lane
+from service.contract.leases import about
 from service.contract.outcomes import Batch
 from service.contract.settings import Settings
 from service.contract.wake import Listener
@@ -37,7 +34,10 @@ from service.contract.word import new_id
 from worker.cpus import num_cpus
 from worker.heartbeat import Heartbeat
 from worker.inference import Inference
-from worker.running import Done, Failed, Running, Stopped
+from worker.metrics import Metrics
+from worker.registration import bury_neighbours, describe
+from worker.running import Failed, Running
+from worker.settling import settle
 from worker.slot import Slot
 from worker.sweeper import Sweeper
 
@@ -59,6 +59,9 @@ class Supervisor:
         self._engine = open_engine(url, pool_size=3)
         self._listener = Listener(self._engine)
         self._heartbeat = Heartbeat(url, settings.heartbeat_s)
+        self._metrics = Metrics(heartbeat_age_s=self._heartbeat.age_s)
+        if settings.metrics_listen is not None:
+            self._metrics.serve(settings.metrics_listen)
         self._sweeper = Sweeper(self._engine, settings.resolved_store_url())
         self._worker_id: str | None = None
         self._first_id = new_id("worker")
@@ -192,6 +195,7 @@ class Supervisor:
         try:
             self._turn()
         except (DBAPIError, PoolTimeout) as error:
+            self._metrics.database(is_up=False, was_up=not self._outages)
             self._outages += 1
             pause_s = min(5.0, 0.1 * 2**self._outages) * (0.5 + random.random() / 2)
             self._database_at = time.monotonic() + pause_s
@@ -200,6 +204,7 @@ class Supervisor:
         else:
             if self._outages:
                 _log.info("the database answers again")
+            self._metrics.database(is_up=True, was_up=not self._outages)
             self._outages, self._database_at = 0, 0.0
 
     def _turn(self) -> None:
@@ -230,34 +235,16 @@ class Supervisor:
             for running in self._running():
                 running.kill_after(0, "lost")
         first = self._worker_id is None
-        info = WorkerInfo(
-            id=self._first_id if first else new_id("worker"),
-            lanes=sorted(self._settings.lane_set()),
-            kinds=list(KINDS),
-            host=host_name(),
-            boot=boot_id(),
-            pid=os.getpid(),
-            endpoint=None if self._inference is None else self._inference.endpoint,
-            device=self._settings.device,
-            version=_version(),
-        )
+        endpoint = None if self._inference is None else self._inference.endpoint
+        info = describe(self._settings, self._first_id if first else new_id("worker"), endpoint)
         if first:
-            self._bury_neighbours(info)
+            for _, state in bury_neighbours(self._engine, info, self._scratch.parent):
+                self._metrics.rescues.labels(state).inc()
         leases.register(self._engine, info)
         self._worker_id = info.id
         self._heartbeat.beat_for(info.id)
         fields = {"worker": info.id, "lanes": ",".join(info.lanes), "endpoint": info.endpoint, "device": info.device}
         _log.info("registered", extra={"fields": fields})
-
-    def _bury_neighbours(self, info: WorkerInfo) -> None:
-        # Workers of this boot whose process is gone need not be waited for.
-        found = leases.neighbours(self._engine, host=info.host, boot=info.boot)
-        dead = [worker_id for worker_id, pid in found.items() if pid == info.pid or not _is_alive(pid)]
-        for worker_id in dead:
-            shutil.rmtree(self._scratch.parent / worker_id, ignore_errors=True)
-        if dead:
-            for public_id, state in leases.forget(self._engine, dead):
-                _log.warning("rescued", extra={"fields": {"job": public_id, "state": state}})
 
     def _follow_leases(self) -> None:
         assert self._worker_id is not None
@@ -267,13 +254,14 @@ class Supervisor:
             if running.settled or running.outcome is not None:
                 continue
             if lease is None or lease.epoch != running.claim.epoch:
-                _log.error("the lease is lost", extra={"fields": _about(running.claim)})
+                _log.error("the lease is lost", extra={"fields": about(running.claim)})
                 running.kill_after(0, "lost")
             elif lease.cancel_requested:
                 running.ask("cancel", self._settings.cancel_grace_s)
         for lease in held.values():
             # Claimed in a transaction whose answer never came: nobody runs it.
-            outcomes.release(self._engine, lease, self._worker_id)
+            state = outcomes.release(self._engine, lease, self._worker_id)
+            _log.warning("released, as nobody runs it", extra={"fields": {**about(lease), "state": state or "lost"}})
 
     def _rescue(self, now: float) -> None:
         # After an outage everybody looks dead for a moment: only who has been well for a while may judge.
@@ -281,8 +269,8 @@ class Supervisor:
         if now < self._next_rescue or self._heartbeat.well_for_s() < settings.worker_ttl_s:
             return
         self._next_rescue = now + settings.heartbeat_s
-        for public_id, state in leases.rescue(self._engine, ttl_s=settings.worker_ttl_s):
-            _log.warning("rescued", extra={"fields": {"job": public_id, "state": state}})
+        for _, state in leases.rescue(self._engine, ttl_s=settings.worker_ttl_s, by=self._worker_id):
+            self._metrics.rescues.labels(state).inc()
         if now >= self._next_housekeeping:
             self._next_housekeeping = now + _HOUSEKEEPING_S
             queue.prune_idempotency(self._engine)
@@ -291,9 +279,11 @@ class Supervisor:
     def _claim(self, slot: Slot) -> None:
         assert self._worker_id is not None
         ttl_s = self._settings.worker_ttl_s
-        claims = leases.claim(self._engine, worker_id=self._worker_id, lane=slot.lane, kinds=KINDS, ttl_s=ttl_s)
+        with self._metrics.claim_seconds.labels(slot.lane).time():
+            claims = leases.claim(self._engine, worker_id=self._worker_id, lane=slot.lane, kinds=KINDS, ttl_s=ttl_s)
         for claim in claims:
-            _log.info("claimed", extra={"fields": {**_about(claim), "kind": claim.kind, "tenant": claim.tenant_id}})
+            self._metrics.claims.labels(claim.kind).inc()
+            _log.info("claimed", extra={"fields": {**about(claim), "kind": claim.kind, "tenant": claim.tenant_id}})
             settings = self._settings
             try:
                 slot.start(
@@ -304,8 +294,9 @@ class Supervisor:
                     num_threads=self._job_threads,
                 )
             except OSError as error:
-                _log.error("no runner could be started", extra={"fields": {**_about(claim), "error": str(error)}})
-                outcomes.snooze(self._engine, claim, self._worker_id, settings.heartbeat_s)
+                _log.error("no runner could be started", extra={"fields": {**about(claim), "error": str(error)}})
+                if outcomes.snooze(self._engine, claim, self._worker_id, settings.heartbeat_s) is not None:
+                    self._metrics.put_back.labels(claim.kind, "snooze").inc()
 
     def _write(self, running: Running) -> None:
         assert self._worker_id is not None
@@ -318,43 +309,24 @@ class Supervisor:
             try:
                 kept = outcomes.record(self._engine, claim, worker_id, running.batch)
             except (IntegrityError, DataError) as error:
-                _log.error("a report was dropped", extra={"fields": {**_about(claim), "error": _first_line(error)}})
+                _log.error("a report was dropped", extra={"fields": {**about(claim), "error": _first_line(error)}})
                 kept = True
             running.batch = Batch()
+            if not kept:
+                self._metrics.stale_writes.labels("report").inc()
             if not kept and running.outcome is None:
-                _log.error("the lease is lost", extra={"fields": _about(claim)})
+                _log.error("the lease is lost", extra={"fields": about(claim)})
                 running.kill_after(0, "lost")
         if running.outcome is None:
             return
-        state = self._settle(running)
+        state = settle(self._engine, claim, worker_id, running.outcome)
         running.settled = True
-        fields = {**_about(claim), "state": state or "lost", "seconds": round(now - running.started_at, 3)}
+        seconds = now - running.started_at
+        self._metrics.ended(claim.kind, running.outcome, state, seconds)
+        fields = {**about(claim), "kind": claim.kind, "state": state or "lost", "seconds": round(seconds, 3)}
         if isinstance(running.outcome, Failed):
             fields["error"] = str(running.outcome.error.get("message"))
         _log.log(logging.INFO if state else logging.ERROR, "ended", extra={"fields": fields})
-
-    def _settle(self, running: Running) -> State | None:
-        assert self._worker_id is not None
-        engine, claim, worker_id = self._engine, running.claim, self._worker_id
-        match running.outcome:
-            case Done(result):
-                try:
-                    return outcomes.finish(engine, claim, worker_id, result)
-                except (IntegrityError, DataError, TooLarge) as error:
-                    failed = {"type": type(error).__name__, "message": _first_line(error), "code": "result_refused"}
-                    return outcomes.fail(engine, claim, worker_id, failed, retry=False)
-            case Failed(error, retry):
-                return outcomes.fail(engine, claim, worker_id, error, retry=retry)
-            case Stopped("cancel"):
-                return outcomes.cancelled(engine, claim, worker_id)
-            case Stopped("interrupt"):
-                return outcomes.release(engine, claim, worker_id)
-            case Stopped():
-                return None
-            case None:
-                raise AssertionError
-            case _:
-                assert_never(running.outcome)
 
     def _warn_of_old_sqlite(self) -> None:
         if self._engine.dialect.name == "sqlite" and sqlite3.sqlite_version_info < _SAFE_SQLITE:
@@ -362,26 +334,5 @@ class Supervisor:
             _log.warning("this SQLite may damage a file that two processes checkpoint", extra={"fields": fields})
 
 
-def _about(claim: Claim) -> dict[str, object]:
-    return {"job": claim.public_id, "attempt": claim.attempt, "epoch": claim.epoch}
-
-
 def _first_line(error: Exception) -> str:
     return str(error).partition("\n")[0]
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
-def _version() -> str:
-    try:
-        return version("isthmus")
-    except PackageNotFoundError:
-        return "0"
