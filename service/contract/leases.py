@@ -47,7 +47,7 @@ _PROMOTE: Final = (
             sa.select(job.c.id)
             .where(job.c.state == sa.literal_column("'scheduled'"), job.c.run_at <= now())
             .order_by(job.c.run_at)
-            .limit(500)
+            .limit(sa.literal_column("500"))  # a generic plan takes a bound limit for a tenth of the table
             .with_for_update(skip_locked=True)
         )
     )
@@ -85,6 +85,7 @@ _ORPHANS: Final = _orphan.where(
 )
 _ORPHANS_OF: Final = _orphan.where(_RUNNING, job.c.worker_id.in_(sa.bindparam("workers", expanding=True)))
 _idle = ~sa.exists().where(_RUNNING, job.c.worker_id == worker.c.id)
+_FRESH: Final = sa.select(worker.c.id).where(worker.c.id == sa.bindparam("me"), worker.c.last_seen > _ttl)
 _FORGET_STALE: Final = sa.delete(worker).where(worker.c.last_seen < _ttl, _idle)
 _FORGET: Final = sa.delete(worker).where(worker.c.id.in_(sa.bindparam("workers", expanding=True)))
 _NEIGHBOURS: Final = sa.select(worker.c.id, worker.c.pid).where(
@@ -161,13 +162,13 @@ def register(engine: sa.Engine, info: WorkerInfo) -> None:
 
 def heartbeat(engine: sa.Engine, worker_id: str) -> Heartbeat:
     """Say that the worker lives; `alive` is False when it was declared dead and has to stop its jobs."""
-    row = transact(engine, lambda conn: conn.execute(_HEARTBEAT, {"worker": worker_id}).one_or_none())
+    row = transact(engine, lambda conn: conn.execute(_HEARTBEAT, {"worker": worker_id}).one_or_none(), single=True)
     return Heartbeat(alive=row is not None, draining=row is not None and row.draining)
 
 
 def leases(engine: sa.Engine, worker_id: str) -> dict[int, Lease]:
     """Return the jobs that this worker holds, by row id; one that it runs and does not find here is lost."""
-    rows = read(engine, lambda conn: conn.execute(_LEASES, {"worker": worker_id}).all())
+    rows = read(engine, lambda conn: conn.execute(_LEASES, {"worker": worker_id}).all(), single=True)
     return {
         row.id: Lease(row.id, row.public_id, row.lease_epoch, row.attempt, row.cancel, row.request_id) for row in rows
     }
@@ -185,17 +186,17 @@ def about(held: Claim | Lease) -> dict[str, object]:
 
 def drain(engine: sa.Engine, worker_id: str) -> None:
     """Say that the worker takes no more jobs and requests."""
-    transact(engine, lambda conn: conn.execute(_DRAIN, {"me": worker_id}))
+    transact(engine, lambda conn: conn.execute(_DRAIN, {"me": worker_id}), single=True)
 
 
 def unregister(engine: sa.Engine, worker_id: str) -> None:
     """Remove a worker's row; what it still holds is an orphan from now on."""
-    transact(engine, lambda conn: conn.execute(_FORGET, {"workers": [worker_id]}))
+    transact(engine, lambda conn: conn.execute(_FORGET, {"workers": [worker_id]}), single=True)
 
 
 def promote(engine: sa.Engine) -> int:
     """Queue the scheduled jobs that are due, and return how many."""
-    return transact(engine, lambda conn: conn.execute(_PROMOTE).rowcount)
+    return transact(engine, lambda conn: conn.execute(_PROMOTE).rowcount, single=True)
 
 
 def claim(
@@ -223,14 +224,17 @@ def claim(
             return claims
 
 
-def rescue(engine: sa.Engine, *, ttl_s: float) -> list[tuple[str, State]]:
+def rescue(engine: sa.Engine, *, ttl_s: float, by: str | None = None) -> list[tuple[str, State]]:
     """Put back what runs without a live worker or half a minute past its deadline; return public ids and states.
 
     The attempt counts, so a job that kills its workers ends as failed. Rows of dead workers go once nothing refers to
-    them.
+    them. A worker that names itself with `by` judges nobody when its own last heartbeat is older than half of `ttl_s`:
+    what kept it waiting, perhaps for this very transaction, kept the others as well.
     """
 
     def work(conn: sa.Connection) -> list[_Rescued]:
+        if by is not None and conn.execute(_FRESH, {"me": by, "minus_ttl_s": -ttl_s / 2}).one_or_none() is None:
+            return []
         rescued = [_rescue(conn, row) for row in conn.execute(_ORPHANS, {"minus_ttl_s": -ttl_s}).all()]
         conn.execute(_FORGET_STALE, {"minus_ttl_s": -ttl_s})
         return rescued

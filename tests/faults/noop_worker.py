@@ -38,6 +38,7 @@ class Worker:
         self._options = options
         self._next_rescue = 0.0
         self._stopping = False
+        self._unsure = False
         self.id = self._register()
         signal.signal(signal.SIGTERM, self._stop)
 
@@ -59,6 +60,7 @@ class Worker:
                 )
             except (DBAPIError, PoolTimeout):
                 time.sleep(0.1)
+                self._unsure = True
                 continue
             for claim in claims:
                 self._work(claim)
@@ -87,10 +89,14 @@ class Worker:
 
     def _keep_house(self) -> None:
         now = time.monotonic()
+        if self._unsure:  # a claim may have been granted whose answer never came: between two jobs none is held
+            for lease in leases.leases(self._engine, self.id).values():
+                outcomes.release(self._engine, lease, self.id)
+            self._unsure = False
         leases.promote(self._engine)
         if now >= self._next_rescue and self._heartbeat.well_for_s() >= self._options.ttl_s:
             self._next_rescue = now + self._options.heartbeat_s
-            leases.rescue(self._engine, ttl_s=self._options.ttl_s)
+            leases.rescue(self._engine, ttl_s=self._options.ttl_s, by=self.id)
 
     def _work(self, claim: Claim) -> None:
         at = (claim.public_id, claim.epoch, claim.attempt)
