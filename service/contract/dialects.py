@@ -139,8 +139,10 @@ def open_engine(url: str, *, pool_size: int = 5, answer_s: float = 10.0) -> sa.E
         url,
         pool_size=pool_size,
         pool_timeout=5,
-        connect_args={"options": options, "prepare_threshold": None, **LINK},
+        # The driver would begin a transaction for every statement: `_begin` does, but for units of one statement.
+        connect_args={"options": options, "prepare_threshold": None, "autocommit": True, **LINK},
     )
+    event.listen(engine, "begin", _begin)
     event.listen(engine, "do_connect", partial(_connect_timed, answer_s))
     event.listen(engine, "checkin", _note_return)
     event.listen(engine, "checkout", partial(_ping_if_idle, engine.dialect))
@@ -153,6 +155,12 @@ def _connect_timed(
     connection = TimedConnection.connect(*args, **options)
     connection.answer_s = answer_s
     return connection
+
+
+def _begin(connection: sa.Connection) -> None:
+    options = connection.get_execution_options()
+    if not options.get("single") and options.get("isolation_level") != "AUTOCOMMIT":
+        connection.exec_driver_sql("BEGIN")
 
 
 def _note_return(_connection: object, record: ConnectionPoolEntry) -> None:

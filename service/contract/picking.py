@@ -130,7 +130,7 @@ def pick(
     """Make up to `limit` queued jobs this worker's and return their rows, first in line first."""
     who = {"me": worker_id, "at_lane": lane, "kinds": list(kinds), "minus_ttl_s": -ttl_s}
     rows = transact(engine, lambda conn: _take(conn, (oldest, False), {**who, "num": limit}), single=True)
-    if not rows and read(engine, lambda conn: conn.scalar(_CAPPED, {"at_lane": lane})):
+    if not rows and read(engine, lambda conn: conn.scalar(_CAPPED, {"at_lane": lane}), single=True):
         rows = transact(engine, lambda conn: _take_in_turn(conn, oldest, {**who, "num": 1}, limit))
     return sorted(rows, key=lambda row: (0 if oldest else row.priority, row.fair_seq, row.id))
 

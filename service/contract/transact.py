@@ -25,11 +25,9 @@ def transact(engine: sa.Engine, work: Callable[[sa.Connection], Result], *, sing
     atomic without BEGIN and COMMIT around it: one round trip instead of three. A lost connection is not tried again,
     since the commit may have happened. Raises what the database raised last.
     """
-    if single and engine.dialect.name == "postgresql":
-        engine = engine.execution_options(isolation_level="AUTOCOMMIT")
     for attempt in range(_ATTEMPTS):
         try:
-            with engine.begin() as connection:
+            with engine.connect().execution_options(single=single) as connection, connection.begin():
                 return work(connection)
         except DBAPIError as error:
             if attempt + 1 == _ATTEMPTS or not _may_run_again(error):
@@ -38,9 +36,9 @@ def transact(engine: sa.Engine, work: Callable[[sa.Connection], Result], *, sing
     raise AssertionError
 
 
-def read(engine: sa.Engine, work: Callable[[sa.Connection], Result]) -> Result:
-    """Run `work`, which only reads, in a transaction that takes no write lock on SQLite."""
-    with engine.connect().execution_options(sqlite_read=True) as connection, connection.begin():
+def read(engine: sa.Engine, work: Callable[[sa.Connection], Result], *, single: bool = False) -> Result:
+    """Run `work`, which only reads, in a transaction that takes no write lock on SQLite; `single` as in `transact`."""
+    with engine.connect().execution_options(sqlite_read=True, single=single) as connection, connection.begin():
         return work(connection)
 
 
