@@ -98,6 +98,26 @@ def _publish_model(
     return ModelRef(artifact=key, digest=manifest.digest)
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for a module's store and sockets."""
+    return tmp_path_factory.mktemp("inference")
+
+
+@pytest.fixture(scope="module")
+def models(folder: Path) -> Store:
+    """The store of a module's models, in `folder / "store"`."""
+    from service.contract.artifacts import open_store
+
+    return open_store(str(folder / "store"))
+
+
+@pytest.fixture(scope="module")
+def model(models: Store, publish_model: Callable[..., ModelRef]) -> ModelRef:
+    """A small untrained model in that store."""
+    return publish_model(models, "models/model_a/1", seed=1)
+
+
 @pytest.fixture(scope="session")
 def draw_tokens() -> Callable[..., Any]:
     """Draw a token sequence of one of the modalities of `publish_model`: `draw_tokens(rng, "text")`."""

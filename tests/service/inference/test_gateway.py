@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import sqlalchemy as sa
 
-from service.contract.artifacts import Store, open_store
+from service.contract.artifacts import Store
 from service.contract.dialects import now, open_engine
 from service.contract.errors import Invalid, NotFound, TooMany, Unavailable
 from service.contract.host import boot_id
@@ -31,21 +31,6 @@ pytestmark = pytest.mark.anyio
 @pytest.fixture(scope="module")
 def anyio_backend() -> str:
     return "asyncio"
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("gateway")
-
-
-@pytest.fixture(scope="module")
-def models(folder: Path) -> Store:
-    return open_store(str(folder / "store"))
-
-
-@pytest.fixture(scope="module")
-def model(models: Store, publish_model: Callable[..., ModelRef]) -> ModelRef:
-    return publish_model(models, "models/model_a/1", seed=1)
 
 
 @pytest.fixture(scope="module")

@@ -345,6 +345,7 @@ async def test_direct_on_a_pair_never_trained_gives_scores_and_no_ratios(api: An
         ({"target": [*IMAGES, "text"]}, "target[4]", "one modality"),
         ({"through": "code"}, "through", "trained: code with text"),
         ({"through": "smell"}, "through", "no such modality"),
+        ({"through": ["one", STATES[0]]}, "through[1]", "this is state, not text"),
         ({"target": STATES, "source": "a", "method": "marginal"}, "model", "trained"),
         ({"model": "c"}, "through", "bank"),
         ({"prior": [1, 2]}, "prior", "4 targets"),
@@ -385,6 +386,9 @@ async def test_an_embedding_set_is_an_operand_for_the_model_that_made_it(api: An
     assert (await api.post("/v1/compose", json={"model": "b"} | whole)).status_code == 422
     whole = {"source": STATES, "target": {"embeddings": "emb_none"}}
     assert (await api.post("/v1/compose", json={"model": "a"} | whole)).status_code == 404
+    whole = {"model": "a", "source": STATES, "target": IMAGES, "through": {"embeddings": "emb_a"}}
+    refused = (await api.post("/v1/compose", json=whole)).json()["error"]
+    assert (refused["param"], refused["message"]) == ("through.embeddings", "these vectors are of image, not text")
     assert (await api.get("/v1/embedding-sets/emb_a")).json()["num_vectors"] == 4
     files = (await api.get("/v1/embedding-sets/emb_a/files")).json()["data"]
     assert [each["id"] for each in files] == ["vectors.npy"]

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from service.contract.artifacts import Store, open_store
+from service.contract.artifacts import Store
 from service.contract.errors import Invalid, IsthmusError, Malformed, Unavailable
 from service.contract.wire import Arrays, ComposeAnswer, ModelRef, call_adapter
 from worker.learning.model import Loaded, load_model
@@ -29,16 +29,6 @@ CPU = torch.device("cpu")
 @pytest.fixture(scope="module", autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("compose")
-
-
-@pytest.fixture(scope="module")
-def models(folder: Path) -> Store:
-    return open_store(str(folder / "store"))
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 
-from service.contract.artifacts import Store, open_store
+from service.contract.artifacts import Store
 from service.contract.wire import Arrays, ModelRef, pack, unpack
 from worker.learning.model import Loaded, load_model
 from worker.learning.ragged import Ragged
@@ -30,21 +30,6 @@ MODALITIES = ("image", "text", "state", "code")
 @pytest.fixture(scope="module", autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("serving")
-
-
-@pytest.fixture(scope="module")
-def models(folder: Path) -> Store:
-    return open_store(str(folder / "store"))
-
-
-@pytest.fixture(scope="module")
-def model(models: Store, publish_model: Callable[..., ModelRef]) -> ModelRef:
-    return publish_model(models, "models/model_a/1", seed=1)
 
 
 @pytest.fixture(scope="module")
