@@ -122,6 +122,7 @@ def _api(settings: Settings, fd: int | None) -> int:
     import uvicorn
 
     from service.app import create_app
+    from service.contract import logs
     from service.edge.connection import BoundedProtocol
     from service.serve import StartError, bind
 
@@ -129,6 +130,7 @@ def _api(settings: Settings, fd: int | None) -> int:
         sock = socket.socket(fileno=fd) if fd is not None else bind(settings.host, settings.port, exactly=True)
     except StartError as error:
         return _refuse(str(error))
+    logs.configure()
     app = create_app(settings)
 
     class Server(uvicorn.Server):
@@ -142,6 +144,7 @@ def _api(settings: Settings, fd: int | None) -> int:
     config = uvicorn.Config(
         app,
         http=BoundedProtocol,
+        log_config=None,
         log_level="warning",
         access_log=False,
         server_header=False,

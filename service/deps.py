@@ -59,6 +59,11 @@ async def _current(request: Request) -> Service:
     return service_of(request.app)
 
 
+def request_id_of(request: Request) -> str:
+    """Return the id under which this request is logged, and which its answer carries."""
+    return cast("str", request.scope["isthmus.request_id"])
+
+
 _bearer = HTTPBearer(auto_error=False, scheme_name="ApiKey", description="`isthmus keys create` prints one")
 
 

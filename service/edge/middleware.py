@@ -18,6 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from service.contract.errors import IsthmusError
 from service.contract.word import new_id
 from service.deps import Service, service_of
+from service.edge import access
 from service.edge.docs import ASSETS
 from service.edge.problems import GONE, render, render_error
 from service.edge.stalls import unless_stalled
@@ -52,6 +53,7 @@ class Edge:
             await self.app(scope, receive, send)
             return
         answer = _Answer(scope, send)
+        scope["isthmus.request_id"] = answer.request_id
         self._telemetry.in_flight += 1
         try:
             if (refusal := await _admit(service_of(scope["app"]), scope, answer)) is not None:
@@ -62,14 +64,16 @@ class Edge:
             answer.status = answer.status or GONE  # in the middle of its body: there is nobody to answer
         except Exception:
             # A bug: the log gets everything, the caller the id to ask about.
-            log.exception("request %s failed: %s %s", answer.request_id, scope["method"], scope["path"])
+            log.exception("a request met a bug", extra={"fields": access.about(scope)})
             if answer.status is not None:
                 raise  # too late for another answer: the server cuts the connection
             message = f"the server met a bug; request id {answer.request_id}"
             await render(500, message, "server_error", code="internal_error")(scope, receive, answer.send)
         finally:
             self._telemetry.in_flight -= 1
-            self._telemetry.observe(scope, answer.status or 500, time.perf_counter() - answer.began)
+            seconds = time.perf_counter() - answer.began
+            self._telemetry.observe(scope, answer.status or 500, seconds)
+            access.log_request(scope, answer.status or 500, seconds)
 
 
 async def _admit(service: Service, scope: Scope, answer: _Answer) -> ASGIApp | None:

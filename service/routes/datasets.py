@@ -19,8 +19,8 @@ from service.contract.references import is_needed
 from service.contract.samples import Samples
 from service.contract.tables import dataset, job, owned
 from service.contract.word import ModalityName, Name, Real, Text, Word, new_id
-from service.deps import IdempotencyKey, Reader, Running, Service, Writer
-from service.edge import idempotency
+from service.deps import IdempotencyKey, Reader, Running, Service, Writer, request_id_of
+from service.edge import access, idempotency
 from service.edge.bodies import check_headers, parse_json
 from service.edge.idempotency import Answer
 from service.edge.paging import WantedPage, check_id, select_page
@@ -127,6 +127,7 @@ async def create(
         answer = await _create_uploaded(request, service, caller, key)
     else:
         answer = await _create_registered(request, service, caller, key)
+    access.note_job(request, answer.body["job"]["id"], attempt=0, epoch=0)
     return idempotency.respond(answer, {"location": f"/v1/datasets/{answer.body['id']}"})
 
 
@@ -136,7 +137,9 @@ async def _create_registered(request: Request, service: Service, caller: Caller,
     _check_uri(wanted.uri, service, caller)
     digest = idempotency.fingerprint("POST", "/v1/datasets", wanted.model_dump(mode="json"))
     return await service.database.write(
-        lambda conn: _insert(conn, caller, key, digest, wanted=wanted, source=wanted.uri)
+        lambda conn: _insert(
+            conn, caller, key, digest, wanted=wanted, source=wanted.uri, request_id=request_id_of(request)
+        )
     )
 
 
@@ -153,7 +156,16 @@ async def _create_uploaded(request: Request, service: Service, caller: Caller, k
         digest = idempotency.fingerprint("POST", "/v1/datasets", fields)
         source = f"store:{upload.key}"
         answer = await service.database.write(
-            lambda conn: _insert(conn, caller, key, digest, wanted=wanted, source=source, reserved=True)
+            lambda conn: _insert(
+                conn,
+                caller,
+                key,
+                digest,
+                wanted=wanted,
+                source=source,
+                request_id=request_id_of(request),
+                reserved=True,
+            )
         )
         return answer
     finally:
@@ -172,6 +184,7 @@ def _insert(
     *,
     wanted: Described,
     source: str,
+    request_id: str,
     reserved: bool = False,
 ) -> Answer:
     tenant = caller.tenant
@@ -188,7 +201,7 @@ def _insert(
         max_bad_fraction=wanted.max_bad_fraction,
         holdout=wanted.holdout,
     )
-    job_id = queue.enqueue(conn, tenant=tenant, args=args, name=wanted.name)
+    job_id = queue.enqueue(conn, tenant=tenant, args=args, name=wanted.name, request_id=request_id)
     conn.execute(sa.update(dataset).where(dataset.c.id == dataset_id).values(job_id=job_id))
     row = conn.execute(owned(dataset, tenant).where(dataset.c.id == dataset_id)).one()
     job_row = conn.execute(select_jobs(tenant).where(job.c.public_id == job_id)).one()

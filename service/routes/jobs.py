@@ -16,8 +16,8 @@ from service.contract import queue
 from service.contract.errors import Conflict, Invalid, Malformed, NotFound, UnsupportedMedia
 from service.contract.tables import checkpoint, job, job_event, metric, owned
 from service.contract.word import Name
-from service.deps import IdempotencyKey, Reader, Running, Service, Writer
-from service.edge import idempotency
+from service.deps import IdempotencyKey, Reader, Running, Service, Writer, request_id_of
+from service.edge import access, idempotency
 from service.edge.bodies import StrictRoute
 from service.edge.downloads import DOWNLOAD, WantedRange, list_files, send_file
 from service.edge.idempotency import Answer
@@ -54,6 +54,7 @@ MAX_POINTS: Final = 200_000
     responses=documented(NotFound, Conflict, UnsupportedMedia),
 )
 async def create(
+    request: Request,
     service: Running,
     caller: Writer,
     body: Annotated[AnySubmission, Field(discriminator="kind"), Body(openapi_examples=EXAMPLES)],
@@ -81,12 +82,14 @@ async def create(
             priority=body.priority,
             run_at=body.run_at,
             meta=dict(body.metadata) if body.metadata is not None else None,
+            request_id=request_id_of(request),
         )
         row = conn.execute(select_jobs(tenant).where(job.c.public_id == public_id)).one()
         answer = Answer(202, job_of(row).model_dump(mode="json"))
         return idempotency.remember(conn, tenant, key, digest, answer)
 
     answer = await service.database.write(work)
+    access.note_job(request, answer.body["id"], attempt=0, epoch=0)
     return idempotency.respond(answer, {"location": f"/v1/jobs/{answer.body['id']}"})
 
 
@@ -145,11 +148,11 @@ async def _get_row(service: Service, caller: Caller, job_id: str) -> sa.Row[Any]
 @router.post(
     "/{job_id}/cancel", operation_id="cancel_job", summary="Cancel a job", responses=documented(NotFound, Malformed)
 )
-async def cancel(service: Running, caller: Writer, job_id: str) -> Job:
+async def cancel(request: Request, service: Running, caller: Writer, job_id: str) -> Job:
     """Cancel a waiting job at once, ask a running one to stop; a job that has ended answers 400."""
     known = check_id(job_id)
     await service.database.write(lambda conn: queue.cancel(conn, caller.tenant, known))
-    return job_of(await _get_row(service, caller, known))
+    return await _changed(request, service, caller, known)
 
 
 @router.post(
@@ -158,11 +161,17 @@ async def cancel(service: Running, caller: Writer, job_id: str) -> Job:
     summary="Try a failed or cancelled job again",
     responses=documented(NotFound, Malformed, Conflict),
 )
-async def retry(service: Running, caller: Writer, job_id: str) -> Job:
+async def retry(request: Request, service: Running, caller: Writer, job_id: str) -> Job:
     """Queue it again with all its attempts; a train job goes on from its last checkpoint."""
     known = check_id(job_id)
     await service.database.write(lambda conn: queue.retry(conn, caller.tenant, known))
-    return job_of(await _get_row(service, caller, known))
+    return await _changed(request, service, caller, known)
+
+
+async def _changed(request: Request, service: Service, caller: Caller, job_id: str) -> Job:
+    row = await _get_row(service, caller, job_id)
+    access.note_job(request, job_id, attempt=row.attempt, epoch=row.lease_epoch)
+    return job_of(row)
 
 
 @router.get(
