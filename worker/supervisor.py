@@ -23,7 +23,7 @@ from typing import Final, cast, final
 from sqlalchemy.exc import DataError, DBAPIError, IntegrityError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
-from service.contract import leases, outcomes, queue
+from service.contract import leases, outcomes
 from service.contract.dialects import open_engine
 from service.contract.jobs import KINDS, Lane
 from service.contract.leases import about
@@ -62,7 +62,9 @@ class Supervisor:
         self._metrics = Metrics(heartbeat_age_s=self._heartbeat.age_s)
         if settings.metrics_listen is not None:
             self._metrics.serve(settings.metrics_listen)
-        self._sweeper = Sweeper(self._engine, settings.resolved_store_url())
+        self._sweeper = Sweeper(
+            self._engine, settings.resolved_store_url(), job_retention_days=settings.job_retention_days
+        )
         self._worker_id: str | None = None
         self._first_id = new_id("worker")
         self._scratch = settings.data.resolve() / "scratch" / self._first_id
@@ -273,7 +275,6 @@ class Supervisor:
             self._metrics.rescues.labels(state).inc()
         if now >= self._next_housekeeping:
             self._next_housekeeping = now + _HOUSEKEEPING_S
-            queue.prune_idempotency(self._engine)
             self._sweeper.start()
 
     def _claim(self, slot: Slot) -> None:

@@ -1,4 +1,4 @@
-"""The sweeper: removes the files that no row refers to any more.
+"""The sweeper: removes the rows that were kept long enough, and the files that no row refers to any more.
 
 A deletion is a mark on a row; the files go when they are an hour old at least. What an unfinished job may still be
 about to record is left alone whatever its age.
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Final, final
 import sqlalchemy as sa
 from sqlalchemy.exc import SQLAlchemyError
 
+from service.contract import queue
 from service.contract.artifacts import open_store
 from service.contract.errors import IsthmusError, NotFound
 from service.contract.tables import checkpoint, dataset, embedding_set, job, job_result, model
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 OLDER_THAN_S: Final = 3600.0
+DAY_S: Final = 86_400.0
 UPLOAD: Final = "store:"  # a data set's source that was uploaded
 
 _UNFINISHED: Final = sa.select(job.c.public_id).where(sa.text("job.state IN ('scheduled','queued','running')"))
@@ -78,9 +80,10 @@ def _is_old(store: Store, key: str, older_than_s: float) -> bool:
 class Sweeper:
     """Sweeps in a thread of its own, so that a slow store holds up no job."""
 
-    def __init__(self, engine: sa.Engine, store_url: str) -> None:
+    def __init__(self, engine: sa.Engine, store_url: str, *, job_retention_days: float) -> None:
         self._engine = engine
         self._store_url = store_url
+        self._job_retention_days = job_retention_days
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
@@ -89,11 +92,21 @@ class Sweeper:
             self._thread = threading.Thread(target=self._sweep, name="sweeper", daemon=True)
             self._thread.start()
 
+    def join(self) -> None:
+        """Wait until the sweep that was started is over."""
+        if self._thread is not None:
+            self._thread.join()
+
     def _sweep(self) -> None:
+        num_jobs = 0
         try:
+            queue.prune_idempotency(self._engine)
+            if self._job_retention_days:
+                num_jobs = queue.prune(self._engine, older_than_s=self._job_retention_days * DAY_S)
             removed = sweep(self._engine, open_store(self._store_url))
         except (SQLAlchemyError, IsthmusError, OSError) as error:
             _log.warning("nothing was swept: %s", error)
             return
-        if removed:
-            _log.info("swept", extra={"fields": {"artifacts": len(removed), "first": removed[0]}})
+        if removed or num_jobs:
+            first = removed[0] if removed else None
+            _log.info("swept", extra={"fields": {"jobs": num_jobs, "artifacts": len(removed), "first": first}})

@@ -45,6 +45,14 @@ class Settings(BaseSettings):
         10.0
     )
     shutdown_grace_s: Annotated[float, Field(ge=0, description="time to checkpoint on SIGTERM")] = 20.0
+    job_retention_days: Annotated[
+        float,
+        Field(
+            ge=0,
+            description="finished jobs go after this long, with events, metrics, reports and checkpoints; 0: never. "
+            "Models, data sets and embedding sets stay",
+        ),
+    ] = 90.0
     preload: Annotated[
         bool, Field(description="keep one idle runner per lane, torch imported: 1.4 s against 186 MB")
     ] = True

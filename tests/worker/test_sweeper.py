@@ -7,11 +7,11 @@ import pytest
 import sqlalchemy as sa
 
 from service.contract import leases, outcomes, queue
-from service.contract.dialects import now
+from service.contract.dialects import after, now
 from service.contract.jobs import KINDS, EvaluateArgs, EvaluateResult, IngestArgs, TrainArgs
 from service.contract.leases import WorkerInfo
-from service.contract.tables import dataset, embedding_set, model
-from worker.sweeper import sweep
+from service.contract.tables import dataset, embedding_set, job, model
+from worker.sweeper import Sweeper, sweep
 
 if TYPE_CHECKING:
     from service.contract.artifacts import Store
@@ -111,3 +111,24 @@ def test_bytes_survive_a_sweep_of_others(engine: sa.Engine, store: Store, publis
     sweep(engine, store, older_than_s=-1)
     store.verify(key)
     assert store.read(key, "file") == key.encode()
+
+
+@pytest.mark.parametrize(("days", "num_left"), [(30.0, 1), (0.0, 2)])
+def test_finished_jobs_go_after_their_time_unless_kept_for_ever(
+    days: float, num_left: int, engine: sa.Engine, tmp_path: Path
+) -> None:
+    with engine.begin() as conn:
+        old, new = (
+            queue.enqueue(conn, tenant="t", args=IngestArgs(dataset="ds_a", source="s"), name=name)
+            for name in ("old", "new")
+        )
+        for name in (old, new):
+            queue.cancel(conn, "t", name)
+        long_ago = after(sa.literal(-31 * 86_400.0))
+        conn.execute(sa.update(job).where(job.c.public_id == old).values(finished_at=long_ago))
+    sweeper = Sweeper(engine, str(tmp_path / "store"), job_retention_days=days)
+    sweeper.start()
+    sweeper.join()
+    with engine.connect() as conn:
+        left = conn.execute(sa.select(job.c.name).order_by(job.c.name)).scalars().all()
+    assert left == ["new", "old"][:num_left]

@@ -288,6 +288,19 @@ def test_pruning_takes_finished_jobs_and_what_hangs_on_them(world: Any) -> None:
     assert len(world.rows(job_event)) == 1
 
 
+def test_pruning_leaves_a_job_whose_checkpoint_an_unfinished_job_reads(world: Any) -> None:
+    world.worker()
+    read, reader = world.ingest(), world.ingest()
+    _cancel(world, read)
+    reader_id = next(row.id for row in world.rows(job) if row.public_id == reader)
+    world.execute(sa.insert(job_input).values(job_id=reader_id, ref=read, tenant_id="t"))
+    time.sleep(0.001)
+    assert queue.prune(world.engine, older_than_s=0) == 0
+    _cancel(world, reader)
+    time.sleep(0.001)
+    assert queue.prune(world.engine, older_than_s=0) == 2
+
+
 def test_idempotency_keys_go_after_a_day(world: Any) -> None:
     world.execute(sa.insert(idempotency).values(tenant_id="t", key="k", request_sha256="0"))
     assert queue.prune_idempotency(world.engine) == 0
