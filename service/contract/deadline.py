@@ -8,18 +8,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Generator
-from typing import TYPE_CHECKING, Any, Final, TypeVar, final
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, TypeVar, final
 
 import psycopg
-from psycopg.pq import TransactionStatus
 from psycopg.waiting import Ready
 
 if TYPE_CHECKING:
     from psycopg.abc import PQGen
 
 Result = TypeVar("Result")
-
-_IDLE_S: Final = 5.0  # what opens a transaction needs no lock, so it is answered at once
 
 
 @final
@@ -31,12 +29,19 @@ class TimedConnection(psycopg.Connection[Any]):
     def wait(self, gen: PQGen[Result], interval: float = 0.1, timeout: float | None = None) -> Result:
         """Wait for the end of one exchange with the server.
 
-        Raises OperationalError after `answer_s`, or after 5 s if no transaction is open. What was asked may have been
-        done nevertheless.
+        Raises OperationalError after `answer_s`; what was asked may have been done nevertheless.
         """
-        idle = self.pgconn.transaction_status == TransactionStatus.IDLE
-        timed = self._timed(gen, min(self.answer_s, _IDLE_S) if idle else self.answer_s)
+        timed = self._timed(gen, self.answer_s)
         return super().wait(timed, interval) if timeout is None else super().wait(timed, interval, timeout)
+
+    @contextmanager
+    def answering_within(self, seconds: float) -> Generator[None]:
+        """Wait no longer than this for every answer."""
+        before, self.answer_s = self.answer_s, seconds
+        try:
+            yield
+        finally:
+            self.answer_s = before
 
     def _timed(self, gen: PQGen[Result], limit_s: float) -> Generator[Any, Any, Result]:
         until = time.monotonic() + limit_s

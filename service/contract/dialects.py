@@ -37,6 +37,7 @@ LINK: Final[dict[str, Any]] = {
     "keepalives_count": 3,
 }
 
+_PING_S: Final = 5.0  # with the time to connect anew it is as long as any answer may take
 _IDLE_S: Final = 1.0  # a connection that was just used is still there
 
 
@@ -173,7 +174,8 @@ def _ping_if_idle(
     # As `pool_pre_ping`, which costs a busy worker a round trip for every transaction.
     if time.monotonic() - record.info.get("returned_at", math.inf) > _IDLE_S:
         try:
-            dialect.do_ping(connection)
+            with cast("TimedConnection", connection).answering_within(_PING_S):
+                dialect.do_ping(connection)
         except psycopg.Error as error:
             raise InvalidatePoolError from error
 
