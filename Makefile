@@ -2,7 +2,7 @@
 # `make` alone lists the targets.
 
 .DEFAULT_GOAL := help
-.PHONY: help venv dev demo serve test check lint types slow gpu compose-check bench-serving openapi clean
+.PHONY: help venv dev demo serve test check lint types slow gpu compose-check bench-serving bench-queue openapi clean
 
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -11,6 +11,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c c
 # Stamps: a target that finds its stamp newer than what it was made from installs nothing.
 RUN_STAMP := $(VENV)/.isthmus-run
 DEV_STAMP := $(VENV)/.isthmus-dev
+BENCH_STAMP := $(VENV)/.isthmus-bench
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -31,6 +32,10 @@ $(RUN_STAMP): pyproject.toml constraints.txt | $(BIN)/python
 
 $(DEV_STAMP): $(RUN_STAMP)
 	@$(INSTALL) -e '.[dev]'
+	@touch $@
+
+$(BENCH_STAMP): $(DEV_STAMP)
+	@$(INSTALL) -e '.[bench]'
 	@touch $@
 
 venv: $(RUN_STAMP) ## Install what serving, training and the demo need
@@ -66,6 +71,9 @@ compose-check: $(DEV_STAMP) ## Run the tests that need a compose engine
 
 bench-serving: $(DEV_STAMP) ## Measure what a request costs beside the model
 	@$(BIN)/python -P benchmarks/serving.py
+
+bench-queue: $(BENCH_STAMP) ## Measure what a job costs beside its work, next to two other queues
+	@$(BIN)/python -P benchmarks/queue.py
 
 openapi: $(DEV_STAMP) ## Write docs/openapi.json anew from the app
 	@$(BIN)/isthmus openapi > docs/openapi.json.new && mv docs/openapi.json.new docs/openapi.json
