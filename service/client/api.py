@@ -20,7 +20,7 @@ PASSING: Final = frozenset({408, 429, 500, 502, 503, 504})
 
 
 class ApiError(RuntimeError):
-    """The service answered, and not with what was asked for; `reason` is its own message."""
+    """The service answered, and not with what was asked for; `reason` is its own message, after the place it names."""
 
     def __init__(self, reason: str, *, status: int = 0, code: str | None = None, asked: str = "") -> None:
         self.reason = reason
@@ -145,7 +145,8 @@ def _error(response: httpx.Response) -> ApiError:
     asked = f"{response.request.method} {response.request.url.path}"
     try:
         said = response.json()["error"]
-        return ApiError(str(said["message"]), status=response.status_code, code=said["code"], asked=asked)
+        where = f"{said['param']}: " if said["param"] else ""
+        return ApiError(f"{where}{said['message']}", status=response.status_code, code=said["code"], asked=asked)
     except (ValueError, KeyError, TypeError):
         reason = response.text[:500] or response.reason_phrase
         return ApiError(reason, status=response.status_code, asked=asked)

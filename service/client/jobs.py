@@ -111,6 +111,7 @@ def _follow(api: Api, job: dict[str, Any], *, patience_s: float, after: str = ""
     job_id = str(job["id"])
     note = ""
     try:
+        print(f"following {job_id}, {plain(job['kind'])} {plain(job['name'] or '')}".rstrip(), flush=True)
         with progress(plain(job["name"] or job["kind"], longest=32)) as advance:
             for event in api.events(job_id, after=after, patience_s=patience_s):
                 match event.kind:
@@ -143,10 +144,10 @@ def _cancel(options: argparse.Namespace, api: Api) -> int:
     if job["status"] in FINAL:
         print(ending(job))
         return 0
-    print(f"{job_id} was asked to stop", flush=True)
-    if not options.wait:
-        return 0
     try:
+        print(f"{job_id} was asked to stop", flush=True)
+        if not options.wait:
+            return 0
         for event in api.events(job_id, patience_s=options.patience):
             if event.kind == "done":
                 job = event.data

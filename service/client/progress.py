@@ -31,14 +31,14 @@ def progress(title: str) -> Generator[Advance]:
         TextColumn("  {task.description}", markup=False),
         BarColumn(bar_width=32),
         TaskProgressColumn(),
-        TextColumn("{task.fields[note]}", markup=False),
+        TextColumn("{task.fields[count]} {task.fields[note]}", markup=False),
         transient=False,
         redirect_stderr=sys.stderr.isatty(),
     ) as bar:
-        task = bar.add_task(title, total=None, note="")
+        task = bar.add_task(title, total=None, count="", note="")
 
         def advance(done: float, total: float, note: str) -> None:
-            bar.update(task, completed=done, total=total or None, note=note)
+            bar.update(task, completed=done, total=total or None, count=_count(done, total), note=note)
 
         yield advance
 
@@ -51,8 +51,11 @@ class _Lines:
 
     def __call__(self, done: float, total: float, note: str) -> None:
         now = time.monotonic()
-        of = f"/{total:,.0f}" if total else ""
-        line = f"  {self._title} {done:,.0f}{of} {note}".rstrip()
+        line = f"  {self._title} {_count(done, total)} {note}".rstrip()
         if line != self._last and (now >= self._next or (total and done >= total)):
             self._next, self._last = now + QUIET_S, line
             print(line, flush=True)
+
+
+def _count(done: float, total: float) -> str:
+    return f"{done:,.0f}/{total:,.0f}" if total else f"{done:,.0f}"

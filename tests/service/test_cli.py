@@ -28,7 +28,7 @@ def isthmus(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch)
     return run
 
 
-@pytest.mark.parametrize("command", ["serve", "api", "worker", "migrate", "demo", "keys", "openapi"])
+@pytest.mark.parametrize("command", ["serve", "api", "worker", "migrate", "demo", "keys", "jobs", "openapi"])
 def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
         main([command, "--help"])
@@ -41,7 +41,7 @@ def test_help_loads_neither_web_nor_learning() -> None:
         "from service.cli import main\n"
         "try: main(['--help'])\n"
         "except SystemExit: pass\n"
-        "heavy = {'torch', 'fastapi', 'uvicorn', 'alembic', 'sklearn', 'worker'}\n"
+        "heavy = {'torch', 'fastapi', 'uvicorn', 'alembic', 'sklearn', 'worker', 'httpx', 'rich'}\n"
         "print(sorted(heavy & set(sys.modules)), file=sys.stderr)"
     )
     done = subprocess.run([sys.executable, "-P", "-c", script], capture_output=True, text=True, check=True)
