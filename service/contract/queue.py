@@ -117,10 +117,12 @@ _RETRY: Final = (
 )
 _before = after(sa.bindparam("minus_age_s", type_=sa.Double))
 _reader = job.alias("reader")
-_is_read = (  # a checkpoint of the job is
-    sa.exists()
-    .where(job_input.c.ref == job.c.public_id, _reader.c.id == job_input.c.job_id)
-    .where(sa.text(f"reader.{_UNFINISHED}"))
+_is_read = sa.exists(  # a checkpoint of the job is
+    sa.select(job_input.c.ref)
+    .join(_reader, _reader.c.id == job_input.c.job_id)
+    .where(job_input.c.ref == job.c.public_id, sa.text(f"reader.{_UNFINISHED}"))
+    .offset(sa.literal_column("0"))  # keeps PostgreSQL from a join, which would read every unfinished job
+    .correlate(job)
 )
 _PRUNE: Final = sa.delete(job).where(
     job.c.id.in_(
