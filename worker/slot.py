@@ -15,6 +15,7 @@ from worker.running import Running
 from worker.task import Task
 
 _log = logging.getLogger(__name__)
+OLDEST_EVERY: Final = 16
 _RESPAWN_S: Final = 5.0  # an idle runner that dies is not started again in a loop
 
 
@@ -25,11 +26,21 @@ class Slot:
     def __init__(self, lane: Lane, *, preload: bool, environment: dict[str, str]) -> None:
         self.lane: Lane = lane
         self.running: Running | None = None
+        self._num_started = 0
         self._preload = preload
         self._environment = environment
         self._idle: Child | None = None
         self._scratch: Path | None = None
         self._respawn_at = 0.0
+
+    @property
+    def wants_oldest(self) -> bool:
+        """Whether the next job is the oldest, whatever its priority.
+
+        One in sixteen is, so a job of priority 9 starts after at most sixteen times the jobs before it in the fair
+        order, and a stream of urgent ones holds nobody up for ever.
+        """
+        return self._num_started % OLDEST_EVERY == OLDEST_EVERY - 1
 
     def start(self, claim: Claim, *, scratch: Path, store_url: str, device: str, num_threads: int) -> None:
         """Give a job to the idle runner, or to a fresh one: ingest gets one that never imports torch.
@@ -60,6 +71,7 @@ class Slot:
         child.send(task.model_dump(mode="json"))
         self._scratch = scratch
         self.running = Running(claim, child)
+        self._num_started += 1
 
     def free(self) -> bool:
         """Free the slot once its job is over; return whether that was now."""

@@ -281,7 +281,14 @@ class Supervisor:
         assert self._worker_id is not None
         ttl_s = self._settings.worker_ttl_s
         with self._metrics.claim_seconds.labels(slot.lane).time():
-            claims = leases.claim(self._engine, worker_id=self._worker_id, lane=slot.lane, kinds=KINDS, ttl_s=ttl_s)
+            claims = leases.claim(
+                self._engine,
+                worker_id=self._worker_id,
+                lane=slot.lane,
+                kinds=KINDS,
+                ttl_s=ttl_s,
+                oldest=slot.wants_oldest,
+            )
         for claim in claims:
             self._metrics.claims.labels(claim.kind).inc()
             _log.info("claimed", extra={"fields": {**about(claim), "kind": claim.kind, "tenant": claim.tenant_id}})
