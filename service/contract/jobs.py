@@ -11,7 +11,7 @@ from typing import Annotated, Final, Literal
 from pydantic import Field, StrictBool, StrictInt, TypeAdapter, field_validator
 from typing_extensions import TypedDict
 
-from service.contract.recipe import Recipe
+from service.contract.recipe import Budget, Recipe
 from service.contract.word import Id, ModalityName, Name, Real, Text, Word
 
 Lane = Literal["train", "bulk"]
@@ -135,6 +135,17 @@ POLICIES: Final[dict[str, Policy]] = {
     "embed": Policy(lane="bulk", max_attempts=5, deadline_s=24 * 3600, unit="samples"),
     "evaluate": Policy(lane="bulk", max_attempts=5, deadline_s=24 * 3600, unit="samples"),
 }
+
+
+def cost_of(args: IngestArgs | TrainArgs | EmbedArgs | EvaluateArgs) -> int:
+    """Estimate a job's work, for fairness within its lane: thousands of pairs learned, or 1.
+
+    What the kinds of the bulk lane cost depends on data that are not counted yet, or that nobody wants to count here.
+    """
+    if not isinstance(args, TrainArgs):
+        return 1
+    budget = args.recipe.budget or Budget()
+    return max(1, budget.steps * budget.batch_size // 1000)
 
 
 class Reject(Word):

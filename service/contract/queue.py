@@ -17,7 +17,7 @@ from sqlalchemy.exc import IntegrityError
 from service.contract import references, wake
 from service.contract.dialects import Instant, after, now
 from service.contract.errors import Conflict, Invalid, Malformed, NotFound, TooLarge, TooMany
-from service.contract.jobs import POLICIES, State
+from service.contract.jobs import POLICIES, State, cost_of
 from service.contract.outcomes import add_event, settle_dataset
 from service.contract.references import Args
 from service.contract.tables import MAX_ARGS_BYTES, idempotency, job, job_input, tenant_queue
@@ -146,15 +146,15 @@ def enqueue(
     run_at: datetime | None = None,
     unique_key: str | None = None,
     meta: dict[str, Any] | None = None,
-    cost: int = 1,
+    cost: int | None = None,
     request_id: str | None = None,
 ) -> str:
     """Add a job in the caller's transaction and return its public id.
 
     What the job reads is looked up and recorded in `job_input`. With a `unique_key` that an unfinished job of the same
-    tenant and kind carries, nothing is added and that job's id is returned. `cost` is the estimated work, in units of
-    the caller's choice, that fairness between tenants counts. Every log line about the job carries its
-    `request_id`. Waiting supervisors are woken when the transaction commits.
+    tenant and kind carries, nothing is added and that job's id is returned. `cost` is the work that fairness
+    between tenants counts, by default as estimated. Every log line about the job carries its `request_id`. Waiting
+    supervisors are woken when the transaction commits.
 
     Raises NotFound, Conflict or Invalid for an input that cannot be read, Invalid for a time without a zone or a
     priority outside 0..9, TooLarge, and TooMany when the tenant has its limit of jobs waiting.
@@ -175,7 +175,7 @@ def enqueue(
             "kind": args.kind,
             "name": name,
             "priority": priority,
-            "fair_seq": _start(conn, tenant, lane, cost),
+            "fair_seq": _start(conn, tenant, lane, cost_of(args) if cost is None else cost),
             "max_attempts": POLICIES[args.kind].max_attempts,
             "deadline_s": int(POLICIES[args.kind].deadline_s),
             "args": body,

@@ -11,7 +11,7 @@ import sqlalchemy as sa
 from service.contract import outcomes, queue
 from service.contract.dialects import now
 from service.contract.errors import Conflict, Invalid, Malformed, NotFound, TooLarge, TooMany
-from service.contract.jobs import EmbedArgs, IngestArgs
+from service.contract.jobs import EmbedArgs, IngestArgs, TrainArgs
 from service.contract.tables import dataset, idempotency, job, job_event, job_input, model, tenant_queue
 
 
@@ -259,6 +259,32 @@ def test_a_dear_job_counts_for_more(world: Any) -> None:
         world.ingest("cheap")
     taken = [claim.tenant_id for claim in world.claim(limit=22)]
     assert 2 <= taken.count("dear") <= 3
+
+
+def test_a_training_counts_by_the_pairs_it_learns(world: Any) -> None:
+    world.worker()
+    data = {tenant: world.dataset(tenant) for tenant in ("long", "short")}
+
+    def train(tenant: str, steps: int) -> str:
+        tokens = {"kind": "discrete", "vocab": 4, "max_length": 2}
+        args = TrainArgs.model_validate(
+            {
+                "recipe": {
+                    "towers": {name: {"tokens": tokens} for name in ("a", "b")},
+                    "pairs": [{"dataset": data[tenant], "modalities": ["a", "b"]}],
+                    "budget": {"steps": steps, "batch_size": 100},
+                }
+            }
+        )
+        return world.add(args, tenant)
+
+    for _ in range(2):
+        train("long", 1000)
+    for _ in range(4):
+        train("short", 250)
+    order = [claim.tenant_id for claim in world.claim(lane="train", limit=6)]
+    assert order[-1] == "long"
+    assert order.count("short") == 4
 
 
 def test_priority_is_strict_within_a_lane(world: Any) -> None:
