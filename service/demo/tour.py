@@ -53,11 +53,12 @@ class Outcome:
 
 def run(*, tars: Path | None, out: Path, keep: bool, seed: int, url: str | None = None) -> int:
     """Run the demo and return the exit code: 130 after Ctrl-C. With a URL it asks the service that runs there."""
+    stop = _Stop()
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _interrupt)  # even where the shell started us with SIGINT ignored
+        signal.signal(number, stop.interrupt)  # even where the shell started us with SIGINT ignored
     try:
         with _folder(keep=keep) as folder:
-            outcome = tour(folder, tars=tars, out=out, seed=seed, url=url)
+            outcome = _tour(folder, stop, tars=tars, out=out, seed=seed, url=url)
             _show(outcome)
     except KeyboardInterrupt:
         print("\nstopped; nothing is left running")
@@ -86,13 +87,13 @@ def make_data(folder: Path, *, seed: int) -> int:
     return 0
 
 
-def tour(folder: Path, *, tars: Path | None, out: Path, seed: int, url: str | None = None) -> Outcome:
+def _tour(folder: Path, stop: _Stop, *, tars: Path | None, out: Path, seed: int, url: str | None = None) -> Outcome:
     """Walk through all of it.
 
     Raises DemoError if the data are not usable or the service fails.
     """
     clock = _Clock()
-    _step(1, "data")
+    stop.step(1, "data")
     images, sounds = read_folder(tars) if tars else (digits.collect(seed), speech.collect(seed))
     for collection in (images, sounds):
         print(f"  {collection.source}: {len(collection.train):,} to learn from, {len(collection.holdout):,} held out")
@@ -103,17 +104,17 @@ def tour(folder: Path, *, tars: Path | None, out: Path, seed: int, url: str | No
         write_tar(paths[collection.medium], collection)
     clock.lap("data")
 
-    _step(2, "service")
+    stop.step(2, "service")
     service = own_service(folder) if url is None else contextlib.nullcontext(url)
     with service as place, Api(place, key=None if url is None else os.environ.get("ISTHMUS_API_KEY")) as api:
         print(f"  {place}" + (f" (log: {folder / LOG})" if url is None else ""))
         clock.lap("start")
 
-        _step(3, "upload and ingest")
+        stop.step(3, "upload and ingest")
         datasets = {medium: _ingest(api, path) for medium, path in paths.items()}
         clock.lap("ingest")
 
-        _step(4, "training")
+        stop.step(4, "training")
         steps = STEPS_OF_OTHERS if tars else STEPS
         wanted = recipe(images, sounds, datasets=datasets, steps=steps, seed=seed)
         job = api.post("/v1/jobs", {"kind": "train", "name": MODEL, "recipe": wanted})
@@ -126,7 +127,7 @@ def tour(folder: Path, *, tars: Path | None, out: Path, seed: int, url: str | No
         print(f"  learned pairs and their logit scales: {scales}")
         clock.lap("training")
 
-        _step(5, "questions about what it never saw")
+        stop.step(5, "questions about what it never saw")
         answers = _ask(Client(api), images, sounds)
         clock.lap("questions")
     out.mkdir(parents=True, exist_ok=True)
@@ -224,10 +225,6 @@ def _prompts(collection: Collection) -> dict[str, list[str]]:
     return {label: sorted(captions)[:PROMPTS] for label, captions in sorted(found.items())}
 
 
-def _step(number: int, title: str) -> None:
-    print(f"\n{number}. {title}", flush=True)
-
-
 def _show(outcome: Outcome) -> None:
     print("\n6. on what it never saw")
     print(f"  {'':28}{'reached':>9}{'bar':>7}{'chance':>9}")
@@ -248,8 +245,20 @@ def _folder(*, keep: bool) -> Generator[Path]:
         yield Path(folder)
 
 
-def _interrupt(_number: int, _frame: object) -> Never:
-    raise KeyboardInterrupt
+class _Stop:
+    """Raises KeyboardInterrupt at once, and again at the next step: the first is lost where it meets a fork's hooks."""
+
+    def __init__(self) -> None:
+        self._asked = False
+
+    def interrupt(self, _number: int, _frame: object) -> Never:
+        self._asked = True
+        raise KeyboardInterrupt
+
+    def step(self, number: int, title: str) -> None:
+        if self._asked:
+            raise KeyboardInterrupt
+        print(f"\n{number}. {title}", flush=True)
 
 
 class _Clock:
