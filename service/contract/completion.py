@@ -71,7 +71,7 @@ _done = (
     .cte("done")
 )
 _at = (_done.c.id, _done.c.tenant_id, _done.c.lease_epoch)
-_SUCCEED_TOGETHER: Final = sa.select(_done.c.id).add_cte(
+_SUCCEED_TOGETHER: Final = sa.select(_done.c.id, _done.c.lease_epoch).add_cte(
     sa.insert(job_result)
     .from_select(["job_id", "tenant_id", "epoch", "body"], sa.select(*_at, _done.c.body))
     .cte("kept"),
@@ -127,31 +127,35 @@ def is_single(result: Result) -> bool:
 
 def succeed(
     conn: sa.Connection, worker_id: str, ends: Sequence[tuple[Claim, Result]], bodies: Sequence[str]
-) -> set[int]:
-    """End the jobs that are still held and that nobody cancelled; return their row ids."""
+) -> set[tuple[int, int]]:
+    """End the jobs that are still held and that nobody cancelled; return their row ids and epochs.
+
+    A worker may have lost a job and claimed it again: of its two claims one ends it.
+    """
     if conn.dialect.name == "postgresql":
         done = _succeed_together(conn, worker_id, ends, bodies)
     else:
         done = _succeed_one_by_one(conn, worker_id, ends, bodies)
     for (claim, result), body in zip(ends, bodies, strict=True):
-        if claim.id in done:
+        if (claim.id, claim.epoch) in done:
             _write_product(conn, claim, result, body)
     return done
 
 
 def _succeed_together(
     conn: sa.Connection, worker_id: str, ends: Sequence[tuple[Claim, Result]], bodies: Sequence[str]
-) -> set[int]:
+) -> set[tuple[int, int]]:
     rows = ",".join(
         f'{{"id":{claim.id},"epoch":{claim.epoch},"body":{body},"dataset":{json.dumps(_dataset_of(claim))}}}'
         for (claim, _), body in zip(ends, bodies, strict=True)
     )
-    return set(conn.execute(_SUCCEED_TOGETHER, {"ends": f"[{rows}]", "worker": worker_id}).scalars())
+    done = conn.execute(_SUCCEED_TOGETHER, {"ends": f"[{rows}]", "worker": worker_id})
+    return {(row.id, row.lease_epoch) for row in done}
 
 
 def _succeed_one_by_one(
     conn: sa.Connection, worker_id: str, ends: Sequence[tuple[Claim, Result]], bodies: Sequence[str]
-) -> set[int]:
+) -> set[tuple[int, int]]:
     done: list[dict[str, Any]] = []
     results: list[dict[str, Any]] = []
     for (claim, _), text in zip(ends, bodies, strict=True):
@@ -167,7 +171,7 @@ def _succeed_one_by_one(
     if done:
         conn.execute(_KEEP, results)
         conn.execute(_NOTE, done)
-    return {row["job_id"] for row in done}
+    return {(row["job_id"], row["epoch"]) for row in done}
 
 
 def _dataset_of(claim: Claim) -> str | None:

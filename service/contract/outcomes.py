@@ -205,7 +205,9 @@ def finish_many(engine: sa.Engine, worker_id: str, ends: Sequence[tuple[Claim, R
         lambda conn: completion.succeed(conn, worker_id, ends, bodies),
         single=all(completion.is_single(result) for _, result in ends),
     )
-    return ["succeeded" if claim.id in done else cancelled(engine, claim, worker_id) for claim, _ in ends]
+    return [
+        "succeeded" if (claim.id, claim.epoch) in done else cancelled(engine, claim, worker_id) for claim, _ in ends
+    ]
 
 
 def fail(
