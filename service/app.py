@@ -15,7 +15,7 @@ from starlette.exceptions import HTTPException
 
 from service.catalogue import Catalogue
 from service.contract.artifacts import open_store
-from service.contract.dialects import open_engine
+from service.contract.dialects import open_engine, risks
 from service.contract.errors import IsthmusError, Unavailable
 from service.contract.manifest import code_version
 from service.contract.settings import Settings
@@ -25,6 +25,7 @@ from service.deps import Service
 from service.edge.docs import add_docs
 from service.edge.middleware import Edge
 from service.edge.problems import EVERYWHERE, on_http_exception, on_isthmus_error, on_validation_error
+from service.edge.queue_gauges import QueueGauges
 from service.edge.telemetry import Telemetry
 from service.examples import add_examples
 from service.followers import Followers
@@ -41,6 +42,7 @@ from service.routes import (
     jobs,
     keys,
     limits,
+    metrics,
     models,
     tokenize,
 )
@@ -89,6 +91,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.add_exception_handler(HTTPException, on_http_exception)
     app.add_exception_handler(RequestValidationError, on_validation_error)
     app.include_router(health.router)
+    app.include_router(metrics.router)
     for part in (limits, keys, jobs, models, embedding_sets):
         app.include_router(part.router, responses=EVERYWHERE, max_body_size=SMALL_BODY_BYTES)
     for part in (tokenize, embeddings, classify, compose):
@@ -109,6 +112,8 @@ async def _open(settings: Settings, telemetry: Telemetry) -> AsyncGenerator[Serv
     settings.data.mkdir(parents=True, exist_ok=True)
     async with AsyncExitStack() as opened:
         engine = open_engine(settings.resolved_database_url(), pool_size=THREADS)
+        for risk in risks(settings.resolved_database_url()):
+            log.warning(risk)
         opened.callback(engine.dispose)
         database = Database(engine)
         try:
@@ -126,6 +131,10 @@ async def _open(settings: Settings, telemetry: Telemetry) -> AsyncGenerator[Serv
         opened.push_async_callback(followers.close)
         known_keys = Keys(settings, database)
         opened.push_async_callback(known_keys.close)
+        queue_gauges = QueueGauges(database, ttl_s=settings.worker_ttl_s)
+        opened.push_async_callback(queue_gauges.close)
+        telemetry.registry.register(queue_gauges)
+        opened.callback(telemetry.registry.unregister, queue_gauges)
         limits = Limits(max_pixels=settings.max_pixels, max_audio_s=settings.max_audio_s)
         service = Service(
             settings=settings,
@@ -138,6 +147,7 @@ async def _open(settings: Settings, telemetry: Telemetry) -> AsyncGenerator[Serv
             followers=followers,
             labels=LabelCache(),
             telemetry=telemetry,
+            queue_gauges=queue_gauges,
         )
         try:
             yield service

@@ -16,6 +16,7 @@ from service.contract.settings import Settings
 from service.contract.store import Store
 from service.contract.tokens.decode import Limits
 from service.database import Database
+from service.edge.queue_gauges import QueueGauges
 from service.edge.telemetry import Telemetry
 from service.followers import Followers
 from service.inference.gateway import Gateway
@@ -40,6 +41,7 @@ class Service:
     followers: Followers
     labels: LabelCache
     telemetry: Telemetry
+    queue_gauges: QueueGauges
     # Threads for each kind of work, so that none of them can starve another.
     token_threads: anyio.CapacityLimiter = field(default_factory=lambda: anyio.CapacityLimiter(4))
     file_threads: anyio.CapacityLimiter = field(default_factory=lambda: anyio.CapacityLimiter(16))

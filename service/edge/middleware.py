@@ -54,7 +54,7 @@ class Edge:
             return
         answer = _Answer(scope, send)
         scope["isthmus.request_id"] = answer.request_id
-        self._telemetry.in_flight += 1
+        self._telemetry.in_flight.inc()
         try:
             if (refusal := await _admit(service_of(scope["app"]), scope, answer)) is not None:
                 await refusal(scope, receive, answer.send)
@@ -70,7 +70,7 @@ class Edge:
             message = f"the server met a bug; request id {answer.request_id}"
             await render(500, message, "server_error", code="internal_error")(scope, receive, answer.send)
         finally:
-            self._telemetry.in_flight -= 1
+            self._telemetry.in_flight.dec()
             seconds = time.perf_counter() - answer.began
             self._telemetry.observe(scope, answer.status or 500, seconds)
             access.log_request(scope, answer.status or 500, seconds)

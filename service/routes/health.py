@@ -1,4 +1,4 @@
-"""Probes: is the process alive, can it take requests or jobs, and what has it served."""
+"""Probes: is the process alive, and can it take requests or jobs."""
 
 from __future__ import annotations
 
@@ -6,11 +6,10 @@ from typing import Literal
 
 import sqlalchemy as sa
 from fastapi import APIRouter, Response
-from fastapi.responses import PlainTextResponse
 
 from service.contract.dialects import after
 from service.contract.errors import IsthmusError
-from service.contract.tables import job, worker
+from service.contract.tables import worker
 from service.contract.word import Word
 from service.deps import Running
 
@@ -66,30 +65,3 @@ async def get_readiness(service: Running, response: Response) -> Readiness:
 def _live_lanes(conn: sa.Connection, ttl_s: float) -> set[str]:
     live = sa.select(worker.c.lanes).where(worker.c.draining.is_(False), worker.c.last_seen > after(sa.literal(-ttl_s)))
     return {lane for (lanes,) in conn.execute(live) for lane in lanes}
-
-
-@router.get(
-    "/metrics",
-    operation_id="get_prometheus_metrics",
-    summary="Report counters for Prometheus",
-    response_class=PlainTextResponse,
-)
-async def get_prometheus_metrics(service: Running) -> PlainTextResponse:
-    """Report requests by route and status, and jobs by lane and state if the database answers."""
-    gauges: dict[str, dict[str, float]] = {
-        "isthmus_label_cache_hits": {"": service.labels.hits},
-        "isthmus_label_cache_misses": {"": service.labels.misses},
-    }
-    try:
-        rows = await service.database.read(
-            lambda conn: conn.execute(
-                sa.select(job.c.lane, job.c.state, sa.func.count())
-                .where(sa.text("job.state IN ('scheduled','queued','running')"))
-                .group_by(job.c.lane, job.c.state)
-            ).all()
-        )
-        gauges["isthmus_jobs"] = {f'lane="{lane}",state="{state}"': count for lane, state, count in rows}
-        gauges["isthmus_database_up"] = {"": 1}
-    except IsthmusError:
-        gauges["isthmus_database_up"] = {"": 0}
-    return PlainTextResponse(service.telemetry.text(gauges), media_type="text/plain; version=0.0.4")

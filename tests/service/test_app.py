@@ -300,7 +300,7 @@ async def test_metrics_count_requests_by_route_and_never_by_what_was_sent(small:
     assert response.headers["content-type"].startswith("text/plain; version=0.0.4")
     assert 'path="/v1/jobs/{job_id}",status="404"' in response.text
     assert "secret" not in response.text
-    assert "isthmus_database_up 1" in response.text
+    assert "isthmus_database_up 1.0" in response.text
 
 
 def described() -> dict[str, Any]:
