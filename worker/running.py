@@ -16,6 +16,7 @@ from worker.child import BrokenChannel, Child, ending
 _WRITE_S: Final = 1.0
 _EXIT_S: Final = 5.0  # from the last message to the end of the process
 _MAX_METRICS: Final = 100_000  # kept while the database is away
+_MAX_EVENTS: Final = 10_000
 
 
 @dataclass(frozen=True)
@@ -128,6 +129,7 @@ class Running:
                     del self.batch.metrics[:-_MAX_METRICS]
                 case {"event": {"type": str(kind), "detail": dict(detail)}}:
                     self.batch.events.append((kind[:32], detail))
+                    del self.batch.events[:-_MAX_EVENTS]
                 case {"checkpoint": dict(saved)}:
                     self.batch.checkpoints.append(Saved(**saved))
                 case {"done": result}:
