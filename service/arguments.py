@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Literal
 
 
 def parser() -> argparse.ArgumentParser:
@@ -29,7 +30,8 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument("--lanes", help="what the worker does (train,bulk,serve)")
     migrate = commands.add_parser("migrate", help="create the database or bring it up to date")
     keys = commands.add_parser("keys", help="create, list and revoke API keys")
-    for command in (serve, api, worker, migrate, *_add_keys(keys)):
+    tenants = commands.add_parser("tenants", help="show and set what a tenant may take of the queue")
+    for command in (serve, api, worker, migrate, *_add_keys(keys), *_add_tenants(tenants)):
         command.add_argument("--data", type=Path, help="folder of the database, the store and sockets (isthmus-data)")
 
     _add_jobs(commands.add_parser("jobs", help="list, show, follow, cancel and retry jobs"))
@@ -58,7 +60,21 @@ def _add_keys(parser: argparse.ArgumentParser) -> list[argparse.ArgumentParser]:
     listing = actions.add_parser("list", help="list the keys, without their secrets")
     revoke = actions.add_parser("revoke", help="make a key stop working")
     revoke.add_argument("id", help="the key's id, as `list` shows it")
+    for action in (create, listing, revoke):
+        action.add_argument("--tenant", help="whose data and jobs it reaches (default)")
     return [create, listing, revoke]
+
+
+def _add_tenants(parser: argparse.ArgumentParser) -> list[argparse.ArgumentParser]:
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+    listing = actions.add_parser("list", help="list every tenant's share of each lane, and what it has there now")
+    share = actions.add_parser("set", help="set a tenant's share of a lane; what is not given stays")
+    share.add_argument("tenant")
+    share.add_argument("--lane", choices=("train", "bulk"), required=True)
+    share.add_argument("--weight", type=int, help="its part against the others' (1)")
+    share.add_argument("--max-running", type=_cap, metavar="N", help="jobs at once; `none` lifts the cap")
+    share.add_argument("--max-queued", type=_cap, metavar="N", help="jobs waiting, more are refused; `none` lifts it")
+    return [listing, share]
 
 
 def _add_jobs(parser: argparse.ArgumentParser) -> None:
@@ -92,6 +108,10 @@ def _add_jobs(parser: argparse.ArgumentParser) -> None:
         action.add_argument(
             "--url", help="of the API (http://127.0.0.1:<ISTHMUS_PORT>); ISTHMUS_API_KEY holds a key if it needs one"
         )
+
+
+def _cap(text: str) -> int | Literal["none"]:
+    return "none" if text == "none" else int(text)
 
 
 def _count(text: str) -> int:

@@ -1,4 +1,4 @@
-"""The command line: `isthmus serve | api | worker | migrate | keys | jobs | demo | health | openapi`.
+"""The command line: `isthmus serve | api | worker | migrate | keys | tenants | jobs | demo | health | openapi`.
 
 Every command imports what it needs when it runs, so that `isthmus --help` is instant and no command loads another's
 dependencies. The worker is always a process of its own and never imported.
@@ -63,6 +63,8 @@ def _run(options: argparse.Namespace, settings: Settings) -> int:
             return _migrate(settings)
         case "keys":
             return _keys(options, settings)
+        case "tenants":
+            return _tenants(options, settings)
         case "jobs":
             return _jobs(options, settings)
         case "openapi":
@@ -191,6 +193,12 @@ def _keys(options: argparse.Namespace, settings: Settings) -> int:
     from service import key_commands
 
     return key_commands.run(options, settings)
+
+
+def _tenants(options: argparse.Namespace, settings: Settings) -> int:
+    from service import tenant_commands
+
+    return tenant_commands.run(options, settings)
 
 
 def _jobs(options: argparse.Namespace, settings: Settings) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Final
 
@@ -14,6 +15,7 @@ from service.contract.tables import job, tenant_queue
 from service.contract.transact import read, transact
 
 _MAX: Final = 1_000_000
+_TENANT: Final = re.compile(r"[a-z0-9][a-z0-9_.-]{0,63}")
 _counts = (
     sa.select(
         job.c.tenant_id,
@@ -53,6 +55,16 @@ class Share:
     waiting: int
 
 
+def check_tenant(name: str) -> str:
+    """Return a tenant's name.
+
+    Raises Invalid for one that is not made of small letters, digits, `_`, `.` and `-`, 64 at most.
+    """
+    if _TENANT.fullmatch(name) is None:
+        raise Invalid("a tenant is named by at most 64 small letters, digits, '_', '.' and '-'", param="tenant")
+    return name
+
+
 def shares(engine: sa.Engine) -> list[Share]:
     """Return the shares of every tenant that ever had a job or was given a share."""
     return [Share(*row) for row in read(engine, lambda conn: conn.execute(_SHARES).all(), single=True)]
@@ -66,6 +78,7 @@ def set_share(
     Two tenants with weights 3 and 1 that both have work waiting get three quarters and one quarter of the lane. What
     runs already is not stopped. Raises Invalid for a number out of range.
     """
+    check_tenant(tenant)
     for name, value, least in (("weight", weight, 1), ("max_running", max_running, 0), ("max_queued", max_queued, 0)):
         if value is not None and not least <= value <= _MAX:
             raise Invalid(f"{name} lies between {least} and {_MAX:,}", param=name)

@@ -28,7 +28,7 @@ def isthmus(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch)
     return run
 
 
-@pytest.mark.parametrize("command", ["serve", "api", "worker", "migrate", "demo", "keys", "jobs", "openapi"])
+@pytest.mark.parametrize("command", ["serve", "api", "worker", "migrate", "demo", "keys", "tenants", "jobs", "openapi"])
 def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
         main([command, "--help"])
@@ -91,6 +91,39 @@ def test_a_key_that_is_over_is_listed_as_expired(
     url = f"sqlite:///{shutil.copy(sqlite_template, tmp_path / 'keys.db')}"
     isthmus(url, "keys", "create", "old", "--expires-days", "-1")
     assert "expired" in isthmus(url, "keys", "list")[1]
+
+
+def test_a_key_belongs_to_its_tenant(empty_database_url: str, isthmus: Callable[..., tuple[int, str, str]]) -> None:
+    isthmus(empty_database_url, "migrate")
+    assert isthmus(empty_database_url, "keys", "create", "k", "--tenant", "lab-1")[0] == 0
+    assert isthmus(empty_database_url, "keys", "list")[1] == ""
+    listed = isthmus(empty_database_url, "keys", "list", "--tenant", "lab-1")[1]
+    assert "never used" in listed
+    key_id = listed.split()[0]
+    assert "there is no key" in isthmus(empty_database_url, "keys", "revoke", key_id)[2]
+    assert isthmus(empty_database_url, "keys", "revoke", key_id, "--tenant", "lab-1")[0] == 0
+    code, out, error = isthmus(empty_database_url, "keys", "create", "k", "--tenant", "Not a name")
+    assert (code, out) == (1, "")
+    assert "a tenant is named by" in error
+
+
+def test_a_tenants_share_is_set_piece_by_piece(
+    empty_database_url: str, isthmus: Callable[..., tuple[int, str, str]]
+) -> None:
+    code, _, error = isthmus(empty_database_url, "tenants", "list")
+    assert code == 1
+    assert "isthmus migrate" in error
+    isthmus(empty_database_url, "migrate")
+    share = ("tenants", "set", "lab-1", "--lane", "train")
+    assert isthmus(empty_database_url, *share, "--weight", "3", "--max-running", "2")[0] == 0
+    _, shown, _ = isthmus(empty_database_url, *share, "--max-queued", "50")
+    assert shown.splitlines()[1].split() == ["lab-1", "train", "3", "0", "of", "2", "0", "of", "50"]
+    isthmus(empty_database_url, *share, "--max-running", "none")
+    _, shown, _ = isthmus(empty_database_url, "tenants", "list")
+    assert shown.splitlines()[1].split() == ["lab-1", "train", "3", "0", "0", "of", "50"]
+    code, _, error = isthmus(empty_database_url, *share, "--weight", "0")
+    assert code == 1
+    assert "weight lies between" in error
 
 
 def test_a_setting_that_makes_no_sense_is_named(
