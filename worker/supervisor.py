@@ -15,7 +15,6 @@ import selectors
 import shutil
 import signal
 import socket
-import sqlite3
 import time
 from collections.abc import Iterable
 from typing import Final, cast, final
@@ -24,7 +23,7 @@ from sqlalchemy.exc import DataError, DBAPIError, IntegrityError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from service.contract import leases, outcomes
-from service.contract.dialects import open_engine
+from service.contract.dialects import open_engine, risks
 from service.contract.jobs import KINDS, Lane
 from service.contract.leases import about
 from service.contract.outcomes import Batch
@@ -45,7 +44,6 @@ _log = logging.getLogger(__name__)
 _HINT_S: Final = 0.02  # between two turns that hints asked for
 _HOUSEKEEPING_S: Final = 3600.0
 _LAST_WRITES_S: Final = 5.0  # for a database that is away while the supervisor stops
-_SAFE_SQLITE: Final = (3, 51, 3)
 
 
 @final
@@ -91,7 +89,8 @@ class Supervisor:
         signal.signal(signal.SIGTERM, self._on_signal)
         signal.signal(signal.SIGINT, self._on_signal)
         self._scratch.mkdir(parents=True, exist_ok=True)
-        self._warn_of_old_sqlite()
+        for risk in risks(self._settings.resolved_database_url()):
+            _log.warning(risk)
         try:
             while not self._finished():
                 self._wait(woken)
@@ -335,11 +334,6 @@ class Supervisor:
         if isinstance(running.outcome, Failed):
             fields["error"] = str(running.outcome.error.get("message"))
         _log.log(logging.INFO if state else logging.ERROR, "ended", extra={"fields": fields})
-
-    def _warn_of_old_sqlite(self) -> None:
-        if self._engine.dialect.name == "sqlite" and sqlite3.sqlite_version_info < _SAFE_SQLITE:
-            fields = {"version": sqlite3.sqlite_version, "use": "3.51.3 or later, or PostgreSQL"}
-            _log.warning("this SQLite may damage a file that two processes checkpoint", extra={"fields": fields})
 
 
 def _first_line(error: Exception) -> str:

@@ -11,6 +11,7 @@ import sqlite3
 import time
 from datetime import UTC, datetime
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, cast
 
 import psycopg
@@ -24,6 +25,7 @@ from sqlalchemy.sql.functions import FunctionElement
 from sqlalchemy.types import JSON, TypeDecorator
 
 from service.contract.deadline import TimedConnection
+from service.contract.host import network_file_system
 
 if TYPE_CHECKING:
     from sqlalchemy.engine.interfaces import DBAPIConnection
@@ -38,6 +40,7 @@ LINK: Final[dict[str, Any]] = {
 }
 
 _PING_S: Final = 5.0  # with the time to connect anew it is as long as any answer may take
+_SAFE_SQLITE: Final = (3, 51, 3)
 _IDLE_S: Final = 1.0  # a connection that was just used is still there
 
 
@@ -148,6 +151,26 @@ def open_engine(url: str, *, pool_size: int = 5, answer_s: float = 10.0) -> sa.E
     event.listen(engine, "checkin", _note_return)
     event.listen(engine, "checkout", partial(_ping_if_idle, engine.dialect))
     return engine
+
+
+def risks(url: str) -> list[str]:
+    """Say what is dangerous about a database, for the log of every process that starts on it."""
+    parsed = sa.make_url(url)
+    if parsed.get_backend_name() != "sqlite" or not parsed.database or parsed.database == ":memory:":
+        return []
+    found: list[str] = []
+    if sqlite3.sqlite_version_info < _SAFE_SQLITE:
+        found.append(
+            f"SQLite {sqlite3.sqlite_version} may damage a file that two processes checkpoint: "
+            "use 3.51.3 or later, or PostgreSQL"
+        )
+    if (kind := network_file_system(Path(parsed.database))) is not None:
+        found.append(
+            f"{parsed.database} lies on a network file system ({kind}), where SQLite's locks and its shared memory do "
+            "not hold: the database WILL be damaged once two hosts open it. Put ISTHMUS_DATA on a local disk, or set "
+            "ISTHMUS_DATABASE_URL to PostgreSQL"
+        )
+    return found
 
 
 def _connect_timed(

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import ipaddress
 import os
+import re
 import socket
 import stat
 import tempfile
@@ -14,12 +15,45 @@ from typing import Final
 
 _MAX_SOCKET_PATH: Final = 103  # sun_path ends at 108 bytes on Linux and at 104 on macOS, with a NUL
 _MAX_NAME: Final = 24
+_MOUNTS: Final = Path("/proc/self/mountinfo")
+_NETWORKED: Final = frozenset(
+    {"9p", "afs", "beegfs", "ceph", "cifs", "coda", "gfs2", "glusterfs", "gpfs", "lustre", "ncpfs", "nfs", "nfs4"}
+    | {"ocfs2", "orangefs", "smb3", "smbfs", "virtiofs"}
+)
+_NETWORKED_FUSE: Final = frozenset(
+    {"ceph-fuse", "davfs", "gcsfuse", "glusterfs", "grpcfuse", "juicefs", "moosefs", "osxfs", "rclone", "s3fs"}
+    | {"smbnetfs", "sshfs"}
+)
 
 
 def boot_id() -> str:
     """Return the id of this boot of the host, shared by every container on it."""
     path = Path("/proc/sys/kernel/random/boot_id")
     return path.read_text(encoding="ascii").strip() if path.exists() else socket.gethostname()
+
+
+def network_file_system(path: Path, mounts: str | None = None) -> str | None:
+    """Return the type of the network file system on which a path lies, or None if it lies on this machine.
+
+    `mounts` is what /proc/self/mountinfo says; without one (macOS) nothing is known, and the answer is None.
+    """
+    if mounts is None:
+        mounts = _MOUNTS.read_text(encoding="utf-8", errors="surrogateescape") if _MOUNTS.exists() else ""
+    at = path.resolve()
+    best, found = -1, ""
+    for line in mounts.splitlines():
+        # 36 35 98:0 /mnt1 /mnt/parent rw,noatime master:1 - ext3 /dev/root rw,errors=continue: see proc(5)
+        before, _, after = line.partition(" - ")
+        fields = before.split(" ")
+        if len(fields) < 5 or not after:
+            continue
+        # Spaces and the like are written in octal. A later mount on the same point hides the earlier one.
+        point = Path(re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), fields[4]))
+        if at.is_relative_to(point) and len(point.parts) >= best:
+            best, found = len(point.parts), after.split(" ")[0]
+    kind, _, program = found.partition(".")
+    networked = program in _NETWORKED_FUSE if kind.startswith("fuse") else found in _NETWORKED
+    return found if networked else None
 
 
 def host_name() -> str:
