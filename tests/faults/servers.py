@@ -8,8 +8,8 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Generator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, final
 
@@ -50,6 +50,26 @@ class DurableServer:
         with self.admin() as conn:
             conn.execute(sa.text(f"CREATE DATABASE {name} TEMPLATE migrated"))
         return self.url_of(name)
+
+    @contextmanager
+    def small_database(self, size: str) -> Generator[tuple[str, Path]]:
+        """A database whose files lie on a file system of this size, and the folder where that is mounted."""
+        folder = self.folder / "small"
+        folder.mkdir()
+        with small_file_system(folder, size):
+            space = folder / "space"
+            space.mkdir()
+            shutil.chown(space, "pgserver")
+            name = f"test_{os.urandom(6).hex()}"
+            with self.admin() as conn:
+                conn.execute(sa.text(f"CREATE TABLESPACE small LOCATION '{space}'"))
+                conn.execute(sa.text(f"CREATE DATABASE {name} TEMPLATE migrated TABLESPACE small"))
+            try:
+                yield self.url_of(name), folder
+            finally:
+                with self.admin() as conn:
+                    conn.execute(sa.text(f"DROP DATABASE {name} WITH (FORCE)"))
+                    conn.execute(sa.text("DROP TABLESPACE small"))
 
     def kill(self) -> None:
         """SIGKILL the postmaster and every process of it at once."""
@@ -99,3 +119,25 @@ def until(condition: Callable[[], object], timeout_s: float = 15) -> float:
         assert time.monotonic() < start + timeout_s, f"it did not happen in {timeout_s} s"
         time.sleep(0.02)
     return time.monotonic() - start
+
+
+@contextmanager
+def small_file_system(folder: Path, size: str) -> Generator[None]:
+    """Mount a file system of this size on a folder; skip the test where that is not permitted."""
+    command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+    if os.geteuid() != 0 or subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip("mounting a small file system is not permitted here")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def fill(ballast: Path) -> None:
+    """Write until nothing is left."""
+    descriptor = os.open(ballast, os.O_CREAT | os.O_WRONLY)
+    try:
+        while True:
+            os.write(descriptor, b"x" * 4096)
+    except OSError:
+        os.close(descriptor)

@@ -18,6 +18,7 @@ from sqlalchemy.exc import DBAPIError, OperationalError
 from service.app import create_app
 from service.contract import leases, queue
 from service.contract.dialects import open_engine
+from service.contract.host import boot_id, host_name
 from service.contract.jobs import IngestArgs
 from service.contract.settings import Settings
 from service.contract.tables import job, job_event, job_result, worker
@@ -26,7 +27,7 @@ from service.deps import Service, service_of
 from tests.faults.conftest import NoopWorkers
 from tests.faults.ledger import Ledger
 from tests.faults.proxy import Proxy
-from tests.faults.servers import DurableServer, until
+from tests.faults.servers import DurableServer, fill, until
 from tests.faults.test_database_cuts import worker_info
 from tests.supervisors import World
 from worker.heartbeat import Heartbeat
@@ -164,6 +165,45 @@ async def test_a_fast_restart_is_503_to_callers_and_nothing_to_a_running_job(
     with engine.connect() as conn:
         assert set(accepted) <= set(conn.execute(sa.select(job.c.public_id)).scalars())
     engine.dispose()
+
+
+@pytest.mark.anyio
+async def test_a_full_disk_is_503_and_loses_nothing_and_work_goes_on_when_there_is_room(
+    durable: DurableServer,
+    ledger: Ledger,
+    tmp_path: Path,
+    until_all_ended: Callable[..., None],
+    check_invariants: Callable[..., Counter[str]],
+) -> None:
+    with durable.small_database("24m") as (url, folder):
+        engine = open_engine(url)
+        workers = NoopWorkers(url, ledger)
+        accepted: list[str] = []
+        refused: list[httpx.Response] = []
+        try:
+            workers.start("--ttl-s", "2")
+            until(lambda: leases.neighbours(engine, host=host_name(), boot=boot_id()), 30)
+            async with serve(tmp_path, url) as (client, _service):
+                fill(folder / "ballast")
+                while len(refused) < 3:
+                    answer = await client.post("/v1/datasets", json=DATASET)
+                    if answer.status_code == 202:
+                        accepted.append(answer.json()["job"]["id"])
+                    else:
+                        refused.append(answer)
+                    assert len(accepted) < 3000
+                assert {answer.status_code for answer in refused} <= {503, 507}, refused[0].text
+                assert all("retry-after" in answer.headers for answer in refused)
+                assert (await client.get("/v1/jobs")).status_code == 200
+                (folder / "ballast").unlink()
+                answer = await client.post("/v1/datasets", json=DATASET)
+                assert answer.status_code == 202
+                accepted.append(answer.json()["job"]["id"])
+            until_all_ended(engine)
+        finally:
+            workers.stop()
+        assert set(check_invariants(engine, accepted)) == {"succeeded"}
+        engine.dispose()
 
 
 # A network that swallows everything
