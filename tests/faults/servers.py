@@ -81,13 +81,13 @@ class DurableServer:
                 process.kill()
         psutil.wait_procs(tree, 10)
 
-    def start(self) -> None:
+    def start(self, **environment: str) -> None:
         """Start after a kill, waiting for the recovery."""
         options = ["-w", "-t", "60", "-o", f'-h "" -k {self._data}', "-l", str(self._data / "log")]
         give_up_at = time.monotonic() + 10
         while True:
             try:
-                self._control("start", *options)
+                self._control("start", *options, environment=environment)
             except subprocess.CalledProcessError:
                 # The lock file of the socket may name a process that is still about to be gone.
                 if time.monotonic() > give_up_at:
@@ -105,11 +105,14 @@ class DurableServer:
             self._control("stop", "-m", "immediate", "-w")
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _control(self, what: str, *options: str) -> None:
+    def _control(self, what: str, *options: str, environment: dict[str, str] | None = None) -> None:
         command = [str(self._bin / "pg_ctl"), *options, "-D", str(self._data), what]
         user = "pgserver" if os.geteuid() == 0 else None
         # The server inherits the descriptors: a pipe would never see its end.
-        subprocess.run(command, check=True, user=user, cwd="/tmp", stdout=subprocess.DEVNULL, timeout=90)
+        everything = {**os.environ, **(environment or {})}
+        subprocess.run(
+            command, check=True, user=user, cwd="/tmp", env=everything, stdout=subprocess.DEVNULL, timeout=90
+        )
 
 
 def until(condition: Callable[[], object], timeout_s: float = 15) -> float:
