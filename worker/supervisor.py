@@ -221,8 +221,9 @@ class Supervisor:
         if self._stop_at is not None and not self._announced and self._worker_id is not None:
             leases.drain(self._engine, self._worker_id)
             self._announced = True
-        self._follow_leases()
         leases.promote(self._engine)
+        # After a write: on SQLite a hint comes just before its commit, and a reader would not wait for that.
+        self._follow_leases()
         self._rescue(now)
         if self._stop_at is None:
             for slot in self._slots:
