@@ -124,7 +124,7 @@ def run(args: TrainArgs, ctx: Context) -> TrainResult:  # noqa: PLR0915 - one lo
                         f"scale/{name}": float(log_scale.detach().exp()) for name, log_scale in model.log_scales.items()
                     }
                     metrics |= {"learning_rate": rate, "grad_norm": norm_value, "steps_per_s": steps_per_s}
-                    ctx.metric(position.step, dict(metrics))
+                    saved.tell(position.step, dict(metrics))
                     ctx.progress(position.step, budget.steps, (budget.steps - position.step) / steps_per_s)
                     position = position.model_copy(update={"recent": {}})
                     log_step, log_time = position.step, now

@@ -18,6 +18,7 @@ import platform
 import re
 import shutil
 import time
+from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, final
 
@@ -26,7 +27,7 @@ import torch
 from pydantic import Field, ValidationError
 from safetensors.torch import load_file
 
-from service.contract.errors import NotFound, Permanent, Unavailable
+from service.contract.errors import Invalid, NotFound, Permanent, Unavailable
 from service.contract.manifest import code_version
 from service.contract.recipe import Budget, Recipe
 from service.contract.word import Word
@@ -44,6 +45,8 @@ _log = logging.getLogger(__name__)
 GRACE_S: Final = 20.0
 """How long a checkpoint that is no longer listed can still be read by those who looked it up before."""
 RETRY_S: Final = 2.0  # at least, after a save that failed
+TOLD_S: Final = 5.0
+_MAX_TOLD: Final = 200
 _NAME: Final = re.compile(r"(\d+)-(\d+)\Z")
 
 
@@ -55,6 +58,10 @@ class Position(Word):
     recent: dict[str, tuple[float, int]] = Field(
         default_factory=dict[str, tuple[float, int]],
         description="sum and number of the losses since the last metrics, by pair",
+    )
+    told: list[tuple[int, dict[str, float]]] = Field(
+        default_factory=list[tuple[int, dict[str, float]]],
+        description="metrics of the last seconds, by step: a supervisor that is killed has not written them all",
     )
     trained_s: float = Field(default=0.0, description="seconds spent in steps, all attempts together")
     environment: dict[str, str | int]
@@ -98,7 +105,7 @@ def find(ctx: Context, recipe: Recipe, data: Mapping[str, Mapping[str, Any]]) ->
     for key in sorted({*ctx.resume, *listed}, key=_step_and_epoch, reverse=True):
         try:
             return _read(ctx, key, recipe, data)
-        except (NotFound, Permanent) as error:
+        except (NotFound, Invalid, Permanent) as error:
             reason = error.message
         except FileNotFoundError:
             reason = "it was removed while it was read"
@@ -190,6 +197,7 @@ class Checkpoints:
         self._last_step: int | None = None
         self._kept: list[str] = []  # newest first
         self._retired: list[tuple[float, str]] = []  # when, oldest first
+        self._told: deque[tuple[float, int, dict[str, float]]] = deque(maxlen=_MAX_TOLD)
         if start is not None:
             self._last_step = start.position.step
             first = _step_and_epoch(start.key)
@@ -200,6 +208,13 @@ class Checkpoints:
             if ctx.resume[:1] != [start.key]:
                 # The queue does not know it, or knows newer ones that cannot be used: from now on it is the newest.
                 ctx.checkpoint(start.position.step, start.key, start.digest, start.metrics)
+            for step, values in start.position.told:
+                self.tell(step, values)
+
+    def tell(self, step: int, values: dict[str, float]) -> None:
+        """Record figures at a step, and again after a crash that may have lost them."""
+        self._ctx.metric(step, values)
+        self._told.append((time.monotonic(), step, values))
 
     def is_due(self) -> bool:
         """Tell whether as much work is at risk as the recipe allows."""
@@ -222,6 +237,9 @@ class Checkpoints:
         if position.step == self._last_step:
             return
         self._remove_retired(self._grace_s)
+        since = time.monotonic() - TOLD_S
+        told = [(step, values) for at, step, values in self._told if at >= since]
+        position = position.model_copy(update={"told": told})
         try:
             try:
                 self._publish(model, optimiser, position, device, metrics)
