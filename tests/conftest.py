@@ -73,7 +73,10 @@ def postgres() -> Iterator[Postgres]:
 
 @pytest.fixture(params=["sqlite", "postgresql"])
 def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
-    """The URL of a migrated database that is this test's alone."""
+    """The URL of a migrated database that is this test's alone.
+
+    With ISTHMUS_TEST_PGBOUNCER (the program's path) PostgreSQL is reached through a pooler in transaction mode.
+    """
     if request.param == "sqlite":
         path = tmp_path / "isthmus.db"
         shutil.copy(request.getfixturevalue("sqlite_template"), path)
@@ -81,7 +84,13 @@ def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str
         return
     server: Postgres = request.getfixturevalue("postgres")
     with server.database("migrated") as url:
-        yield url
+        if "ISTHMUS_TEST_PGBOUNCER" not in os.environ:
+            yield url
+            return
+        from tests.faults.bouncer import PgBouncer
+
+        with PgBouncer(url) as bouncer:
+            yield bouncer.url_of(url)
 
 
 @pytest.fixture
