@@ -173,12 +173,12 @@ class QueueGauges(Collector):
         yield GaugeMetricFamily("isthmus_database_up", "Whether the database answers", value=float(reading is not None))
         if reading is None:
             return
-        # The first of these is the former name of the second.
-        for name in ("isthmus_jobs", "isthmus_queue_jobs"):
-            jobs = GaugeMetricFamily(name, "Jobs that have not ended, up to a limit", labels=["lane", "state"])
-            for key, num in reading.jobs.items():
-                jobs.add_metric(key, num)
-            yield jobs
+        jobs = GaugeMetricFamily(
+            "isthmus_queue_jobs", "Jobs that have not ended, up to a limit", labels=["lane", "state"]
+        )
+        for key, num in reading.jobs.items():
+            jobs.add_metric(key, num)
+        yield jobs
         ages = GaugeMetricFamily(
             "isthmus_queue_oldest_age_seconds",
             "Of the oldest job: since it was due, or (running) since its attempt began",
