@@ -5,6 +5,7 @@ Plain ASGI: the framework's own middleware class would wrap every streamed answe
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
 import time
@@ -15,7 +16,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.contract.errors import IsthmusError
+from service.contract.errors import IsthmusError, Unavailable
 from service.contract.word import new_id
 from service.deps import Service, service_of
 from service.edge import access
@@ -62,6 +63,12 @@ class Edge:
                 await self.app(scope, unless_stalled(receive, self._body_timeout_s), answer.send)
         except ClientDisconnect:
             answer.status = answer.status or GONE  # in the middle of its body: there is nobody to answer
+        except asyncio.CancelledError:
+            if answer.status is not None or not service_of(scope["app"]).draining:
+                raise
+            # The grace of a stop is over: the caller hears so, where the server itself would answer 500.
+            stopping = render_error(Unavailable("the server is stopping", code="stopping"))
+            await stopping(scope, receive, answer.send)
         except Exception:
             # A bug: the log gets everything, the caller the id to ask about.
             log.exception("a request met a bug", extra={"fields": access.about(scope)})
