@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from types import FrameType
 from typing import Any
 
 from pydantic import ValidationError
@@ -142,6 +143,11 @@ def _api(settings: Settings, fd: int | None) -> int:
                 app.state.service.draining = True
                 app.state.service.followers.stop()
             await super().shutdown(sockets)
+
+        def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+            # uvicorn hurries for a second SIGINT only.
+            self.force_exit = self.should_exit
+            super().handle_exit(sig, frame)
 
     config = uvicorn.Config(
         app,
