@@ -44,19 +44,15 @@ def run(args: IngestArgs, context: Context) -> IngestResult:
             _hold(float(seconds), context)
             found = _result(args, context, 0)
         case ["odd", "obey"]:
-            with subprocess.Popen([sys.executable, "-c", HOG], stdout=subprocess.PIPE) as hog:
-                assert hog.stdout is not None
-                hog.stdout.readline()
-                context.progress(1, None)
-                while True:
-                    context.check()
-                    time.sleep(0.05)
+            _start_hog()
+            context.progress(1, None)
+            while True:
+                context.check()
+                time.sleep(0.05)
         case ["odd", "defy"]:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
-            with subprocess.Popen([sys.executable, "-c", HOG], stdout=subprocess.PIPE) as hog:
-                assert hog.stdout is not None
-                hog.stdout.readline()
-                _say_and_hang(context)
+            _start_hog()
+            _say_and_hang(context)
         case ["odd", "exit", status]:
             os._exit(int(status))
         case ["odd", "signal", number]:
@@ -68,6 +64,13 @@ def run(args: IngestArgs, context: Context) -> IngestResult:
             found = _ingest(args, context)
     ledger.write("finish", context.job, context.epoch, context.attempt)
     return found
+
+
+def _start_hog() -> None:
+    """Start a process that keeps memory and that nobody here ends."""
+    hog = subprocess.Popen([sys.executable, "-c", HOG], stdout=subprocess.PIPE)
+    assert hog.stdout is not None
+    hog.stdout.readline()
 
 
 def _say_and_hang(context: Context) -> NoReturn:
