@@ -27,7 +27,7 @@ _at_lane = sa.bindparam("at_lane", type_=sa.String)
 _me = sa.bindparam("me", type_=sa.String)
 _is_capped = sa.exists().where(tenant_queue.c.lane == _at_lane, tenant_queue.c.max_running.is_not(None))
 _other = job.alias("other")
-_full = sa.select(tenant_queue.c.tenant_id).where(
+FULL: Final = sa.select(tenant_queue.c.tenant_id).where(
     tenant_queue.c.lane == _at_lane,
     tenant_queue.c.max_running.is_not(None),
     tenant_queue.c.max_running
@@ -56,7 +56,7 @@ def _claim(*, oldest: bool, capped: bool) -> sa.Update:
                 worker.c.draining.is_(sa.false()),
                 worker.c.last_seen > after(sa.bindparam("minus_ttl_s", type_=sa.Double)),
             ),
-            job.c.tenant_id.not_in(_full) if capped else ~_is_capped,
+            job.c.tenant_id.not_in(FULL) if capped else ~_is_capped,
         )
         .order_by(*order)
         .limit(sa.bindparam("num", type_=sa.Integer))

@@ -14,7 +14,7 @@ import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.exc import IntegrityError
 
-from service.contract import references, wake
+from service.contract import picking, references, wake
 from service.contract.dialects import Instant, after, now
 from service.contract.errors import Conflict, Invalid, Malformed, NotFound, TooLarge, TooMany
 from service.contract.jobs import POLICIES, State, cost_of
@@ -32,7 +32,12 @@ _BATCH: Final = 1000
 _FLOOR: Final = sa.select(
     sa.func.coalesce(
         sa.select(job.c.fair_seq)
-        .where(job.c.state == _QUEUED, job.c.lane == sa.bindparam("lane"))
+        .where(
+            job.c.state == _QUEUED,
+            job.c.lane == sa.bindparam("lane"),
+            # What waits for its tenant's cap alone stands still while the lane goes on.
+            job.c.tenant_id.not_in(picking.FULL),
+        )
         .order_by(job.c.priority, job.c.fair_seq, job.c.id)
         .limit(1)
         .scalar_subquery(),
@@ -280,7 +285,7 @@ def _check(body: dict[str, Any], meta: dict[str, Any] | None, priority: int, run
 def _start(conn: sa.Connection, tenant: str, lane: str, cost: int) -> int:
     # Start-time fair queueing: a tenant's next job starts, in virtual time, where its last one ends, but never before
     # the job at the head of the lane; so neither a backlog nor an idle past is held against anybody.
-    floor = conn.execute(_FLOOR, {"lane": lane}).scalar_one()
+    floor = conn.execute(_FLOOR, {"lane": lane, "at_lane": lane}).scalar_one()
     work = cost * _UNIT
     charge = {"tenant": tenant, "at_lane": lane, "floor": floor, "work": work}
     row = conn.execute(_CHARGE, charge).one()
