@@ -21,6 +21,7 @@ from service.contract.transact import transact
 T = TypeVar("T")
 THREADS: Final = 8
 MAX_WAITING: Final = 512
+_READ_ONLY: Final = "25006"
 
 
 @final
@@ -57,6 +58,7 @@ class Database:
         except (OperationalError, InterfaceError, PoolTimeout) as error:
             raise Unavailable("the database does not answer", code="database_unavailable") from error
         except DBAPIError as error:
-            if error.connection_invalidated:
+            # Within a failover the server may be the standby still, or again.
+            if error.connection_invalidated or getattr(error.orig, "sqlstate", None) == _READ_ONLY:
                 raise Unavailable("the database does not answer", code="database_unavailable") from error
             raise

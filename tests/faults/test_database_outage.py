@@ -206,6 +206,26 @@ async def test_a_full_disk_is_503_and_loses_nothing_and_work_goes_on_when_there_
         engine.dispose()
 
 
+@pytest.mark.anyio
+@POSTGRESQL_ONLY
+async def test_a_server_that_became_a_standby_is_503_to_writers_and_answers_readers(
+    database_url: str, engine: sa.Engine, tmp_path: Path
+) -> None:
+    name = sa.make_url(database_url).database
+    async with serve(tmp_path, database_url) as (client, service):
+        with engine.begin() as conn:
+            conn.execute(sa.text(f"ALTER DATABASE {name} SET default_transaction_read_only = on"))
+        service.database.engine.dispose()  # a failover cuts every connection
+        refused = await client.post("/v1/datasets", json=DATASET)
+        assert refused.status_code == 503, refused.text
+        assert int(refused.headers["retry-after"]) >= 1
+        assert (await client.get("/v1/jobs")).status_code == 200
+        with engine.begin() as conn:
+            conn.execute(sa.text(f"ALTER DATABASE {name} RESET default_transaction_read_only"))
+        service.database.engine.dispose()
+        assert (await client.post("/v1/datasets", json=DATASET)).status_code == 202
+
+
 # A network that swallows everything
 
 
