@@ -54,7 +54,7 @@ def test_the_allocator_of_the_cpu_is_understood() -> None:
 def test_other_errors_are_bugs() -> None:
     assert device.failure_of(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) is None
     with pytest.raises(RuntimeError, match="shapes"), device.blaming(8):
-        torch.zeros(2, 3) @ torch.zeros(2, 3)
+        torch.mm(torch.zeros(2, 3), torch.zeros(2, 3))
 
 
 def test_a_step_that_does_not_fit_names_its_batch_size() -> None:
