@@ -130,7 +130,11 @@ def test_eight_processes_write_one_file_and_none_is_told_that_it_is_busy(
     for writer in writers:
         assert writer.stdout is not None
         assert writer.stdout.readline() == "ready\n"
-    ends = [writer.communicate("go\n", timeout=120) for writer in writers]
+    for writer in writers:  # all at once
+        assert writer.stdin is not None
+        writer.stdin.write("go\n")
+        writer.stdin.flush()
+    ends = [writer.communicate(timeout=120) for writer in writers]
     assert [writer.returncode for writer in writers] == [0] * 8, [error for _, error in ends]
     took = sorted(seconds for out, _ in ends for seconds in json.loads(out))
     p50_ms, p99_ms = (took[int(len(took) * share)] * 1000 for share in (0.5, 0.99))
