@@ -15,8 +15,8 @@ depends_on = None
 
 
 def upgrade() -> None:
-    op.add_column("job", sa.Column("request_id", sa.Text(), comment="of the request that submitted it"))
-    # Concurrently, so that jobs come and go meanwhile; an index that a broken attempt left behind is not valid.
+    # Concurrently, so that jobs come and go meanwhile; an index that a broken attempt left behind is not valid. What
+    # came before this block would be there to stay, and in the way of the next attempt.
     with op.get_context().autocommit_block():
         for index in ("job_fair", "tenant_queue_capped"):
             op.drop_index(index, if_exists=True, postgresql_concurrently=True)
@@ -36,6 +36,7 @@ def upgrade() -> None:
             sqlite_where=sa.text("max_running IS NOT NULL"),
             postgresql_concurrently=True,
         )
+    op.add_column("job", sa.Column("request_id", sa.Text(), comment="of the request that submitted it"))
 
 
 def downgrade() -> None:
