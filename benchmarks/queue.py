@@ -250,7 +250,7 @@ def throughput(made: Databases, report: Report, rounds: int) -> None:
             for from_, digits in ((rates, 0), (costs, 4))
         ]
         report.row(figure.name, *cells)
-    print("Jobs per CPU-second, ours over theirs")
+    print("SQLite's figures contain the database, which runs in the client\nJobs per CPU-second, ours over theirs")
     for num in NUM_WORKERS:
         for other in PROCRASTINATE:
             ratio = interval(costs[other, num], costs[SINGLE, num])

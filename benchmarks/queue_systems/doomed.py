@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import random
 import sys
@@ -44,4 +45,5 @@ def run(url: str, ledger: Path) -> None:
 
 
 if __name__ == "__main__":
+    logging.disable(logging.WARNING)  # every kill is followed by warnings about rescued jobs
     run(sys.argv[1], Path(sys.argv[2]))

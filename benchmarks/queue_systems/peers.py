@@ -1,4 +1,4 @@
-# pyright: reportMissingImports=false
+# pyright: reportMissingImports=false, reportUntypedFunctionDecorator=false
 # They are installed for the benchmark alone.
 """The queues that ours is measured next to, each run by its own worker."""
 
@@ -30,7 +30,7 @@ class Procrastinate(System):
         async def no_op() -> None:
             self.ran.no_op()
 
-        self.task = no_op
+        self.task: Any = no_op
 
     async def install(self) -> None:
         """Make the tables."""
