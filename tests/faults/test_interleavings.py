@@ -548,4 +548,4 @@ def test_model_and_database_agree_after_every_move(engine: sa.Engine) -> None:
 
 @pytest.mark.slow
 def test_model_and_database_agree_after_every_move_of_many(engine: sa.Engine) -> None:
-    _run(engine, examples=800, steps=60, derandomize=False)
+    _run(engine, examples=400, steps=60, derandomize=False)
