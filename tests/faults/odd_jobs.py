@@ -32,9 +32,9 @@ def run(args: IngestArgs, context: Context) -> IngestResult:
     match args.source.split(":"):
         case ["odd", "done"]:
             found = _result(args, context, 0)
-        case ["odd", "wait", path]:  # for a file, obedient all the while
+        case ["odd", "wait", path]:  # for a file, which may be named after the epoch; obedient all the while
             context.progress(1, None)
-            while not Path(path).exists():
+            while not Path(path.format(epoch=context.epoch)).exists():
                 context.check()
                 time.sleep(0.02)
             found = _result(args, context, 0)

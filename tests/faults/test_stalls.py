@@ -29,20 +29,24 @@ def test_a_frozen_worker_loses_its_job_and_its_late_result_and_starts_again_unde
     odd_world: World, ledger: Ledger, tmp_path: Path, check_invariants: Callable[..., Counter[str]]
 ) -> None:
     with odd_world.worker() as frozen:
-        public_id = odd_world.ingest(f"odd:wait:{tmp_path / 'go'}")
+        public_id = odd_world.ingest(f"odd:wait:{tmp_path}/go-{{epoch}}")
         odd_world.until_it_reads(public_id)
         (before,) = odd_world.rows(worker)
         with odd_world.worker():
             odd_world.until(lambda: len(odd_world.rows(worker)) == 2)
-            frozen.send_signal(signal.SIGSTOP)  # its runner goes on and comes to an end that nobody hears
+            frozen.send_signal(signal.SIGSTOP)
             odd_world.until_it_reads(public_id, attempt=2)
-            (tmp_path / "go").touch()
-            odd_world.until_state(public_id, "succeeded", "failed")
-            odd_world.until(lambda: len(ledger.read("finish")) == 2)
+            (tmp_path / "go-1").touch()  # its runner went on, and comes to an end that nobody hears yet
+            odd_world.until(lambda: ledger.read("finish"))
             frozen.send_signal(signal.SIGCONT)
-            odd_world.until(lambda: "declared dead" in odd_world.log(0) and len(odd_world.rows(worker)) == 2)
             odd_world.until(lambda: any("ended" in x and "lost" in x for x in odd_world.log(0).splitlines()))
+            odd_world.until(lambda: "declared dead" in odd_world.log(0) and len(odd_world.rows(worker)) == 2)
             assert before.id not in [row.id for row in odd_world.rows(worker)]
+            row = odd_world.row(public_id)
+            assert (row.state, row.lease_epoch) == ("running", 2)  # the other's work is not touched
+            assert odd_world.rows(job_result) == []
+            (tmp_path / "go-2").touch()
+            odd_world.until_state(public_id, "succeeded", "failed")
     (result,) = odd_world.rows(job_result)
     assert result.epoch == 2
     assert check_invariants(odd_world.engine, [public_id]) == {"succeeded": 1}
