@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Final, assert_never
+from typing import TYPE_CHECKING, Any, Final, assert_never, cast
 
 import sqlalchemy as sa
 from pydantic_core import PydanticSerializationError
 from sqlalchemy.dialects.postgresql import JSONB, insert
 
 from service.contract.dialects import now, storable
+from service.contract.direct import Direct
 from service.contract.errors import TooLarge
 from service.contract.jobs import EmbedResult, EvaluateResult, IngestArgs, IngestResult, TrainArgs, TrainResult
 from service.contract.tables import alias, dataset, embedding_set, job, job_event, job_result, model
+from service.contract.transact import transact
 
 if TYPE_CHECKING:
     from service.contract.leases import Claim
@@ -91,6 +93,7 @@ _SUCCEED_TOGETHER: Final = sa.select(_done.c.id, _done.c.lease_epoch).add_cte(
     )
     .cte("ready"),
 )
+_SUCCEED_DIRECT: Final = Direct(_SUCCEED_TOGETHER)
 _KEEP: Final = sa.insert(job_result)
 _NOTE: Final = sa.insert(job_event).values(type="succeeded", detail={})
 _READY: Final = (
@@ -120,37 +123,36 @@ def encode(result: Result) -> str:
     return body
 
 
-def is_single(result: Result) -> bool:
-    """Return whether such a job ends in one statement on PostgreSQL: it makes no row of its own."""
-    return isinstance(result, IngestResult | EvaluateResult)
-
-
 def succeed(
-    conn: sa.Connection, worker_id: str, ends: Sequence[tuple[Claim, Result]], bodies: Sequence[str]
+    engine: sa.Engine, worker_id: str, ends: Sequence[tuple[Claim, Result]], bodies: Sequence[str]
 ) -> set[tuple[int, int]]:
     """End the jobs that are still held and that nobody cancelled; return their row ids and epochs.
 
     A worker may have lost a job and claimed it again: of its two claims one ends it.
     """
-    if conn.dialect.name == "postgresql":
-        done = _succeed_together(conn, worker_id, ends, bodies)
-    else:
-        done = _succeed_one_by_one(conn, worker_id, ends, bodies)
-    for (claim, result), body in zip(ends, bodies, strict=True):
-        if (claim.id, claim.epoch) in done:
-            _write_product(conn, claim, result, body)
-    return done
+    if engine.dialect.name == "postgresql" and not any(_makes_a_row(result) for _, result in ends):
+        return set(cast("list[tuple[int, int]]", _SUCCEED_DIRECT(engine, _together(worker_id, ends, bodies))))
+
+    def work(conn: sa.Connection) -> set[tuple[int, int]]:
+        if conn.dialect.name == "postgresql":
+            rows = conn.execute(_SUCCEED_TOGETHER, _together(worker_id, ends, bodies))
+            done = {(row.id, row.lease_epoch) for row in rows}
+        else:
+            done = _succeed_one_by_one(conn, worker_id, ends, bodies)
+        for (claim, result), body in zip(ends, bodies, strict=True):
+            if (claim.id, claim.epoch) in done:
+                _write_product(conn, claim, result, body)
+        return done
+
+    return transact(engine, work)
 
 
-def _succeed_together(
-    conn: sa.Connection, worker_id: str, ends: Sequence[tuple[Claim, Result]], bodies: Sequence[str]
-) -> set[tuple[int, int]]:
+def _together(worker_id: str, ends: Sequence[tuple[Claim, Result]], bodies: Sequence[str]) -> dict[str, str]:
     rows = ",".join(
         f'{{"id":{claim.id},"epoch":{claim.epoch},"body":{body},"dataset":{json.dumps(_dataset_of(claim))}}}'
         for (claim, _), body in zip(ends, bodies, strict=True)
     )
-    done = conn.execute(_SUCCEED_TOGETHER, {"ends": f"[{rows}]", "worker": worker_id})
-    return {(row.id, row.lease_epoch) for row in done}
+    return {"ends": f"[{rows}]", "worker": worker_id}
 
 
 def _succeed_one_by_one(
@@ -176,6 +178,10 @@ def _succeed_one_by_one(
 
 def _dataset_of(claim: Claim) -> str | None:
     return claim.args.dataset if isinstance(claim.args, IngestArgs) else None
+
+
+def _makes_a_row(result: Result) -> bool:
+    return isinstance(result, TrainResult | EmbedResult)
 
 
 def _write_product(conn: sa.Connection, claim: Claim, result: Result, body: str) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import sqlite3
+import sys
 import time
 from datetime import UTC, datetime
 from functools import partial
@@ -129,9 +130,10 @@ def storable(value: Any) -> Any:
 def open_engine(url: str, *, pool_size: int = 5, answer_s: float = 10.0) -> sa.Engine:
     """Open an engine with the time-outs and pragmas that the queue relies on.
 
-    PostgreSQL gives up a statement after 8 s, and the client gives up a server that says nothing for `answer_s`. On
-    SQLite every transaction that `engine.begin()` opens is BEGIN IMMEDIATE: one that read first and wrote later
-    would meet SQLITE_BUSY at once, whatever the busy time-out.
+    PostgreSQL gives up a statement after 8 s, and the client gives up a server that says nothing for `answer_s`. A URL
+    with `prepare_threshold=none` prepares no statement, as an old pooler in transaction mode needs it. On SQLite every
+    transaction that `engine.begin()` opens is BEGIN IMMEDIATE: one that read first and wrote later would meet
+    SQLITE_BUSY at once, whatever the busy time-out.
     """
     if url.startswith("sqlite"):
         engine = sa.create_engine(url, pool_size=pool_size, connect_args={"timeout": 10, "check_same_thread": False})
@@ -139,12 +141,15 @@ def open_engine(url: str, *, pool_size: int = 5, answer_s: float = 10.0) -> sa.E
         event.listen(engine, "begin", _begin_immediate)
         return engine
     options = "-c statement_timeout=8000 -c lock_timeout=2000 -c idle_in_transaction_session_timeout=15000"
+    parsed = sa.make_url(url)
+    # Otherwise those that ask for it are prepared, and no others.
+    threshold = None if parsed.query.get("prepare_threshold") == "none" else sys.maxsize
     engine = sa.create_engine(
-        url,
+        parsed.difference_update_query(["prepare_threshold"]),
         pool_size=pool_size,
         pool_timeout=5,
         # The driver would begin a transaction for every statement: `_begin` does, but for units of one statement.
-        connect_args={"options": options, "prepare_threshold": None, "autocommit": True, **LINK},
+        connect_args={"options": options, "prepare_threshold": threshold, "autocommit": True, **LINK},
     )
     event.listen(engine, "begin", _begin)
     event.listen(engine, "do_connect", partial(_connect_timed, answer_s))

@@ -275,7 +275,7 @@ def _about(row: sa.Row[*tuple[Any, ...]]) -> dict[str, object]:
     return {"job": row.public_id, "attempt": row.attempt, "epoch": row.lease_epoch, "request_id": row.request_id}
 
 
-def _open(engine: sa.Engine, worker_id: str, rows: Sequence[picking.Row]) -> list[Claim]:
+def _open(engine: sa.Engine, worker_id: str, rows: Sequence[picking.Picked]) -> list[Claim]:
     # The rows are this worker's already. Should it die before it has read what they refer to, it is as if it had died
     # at work; should only the database go, the next look at the leases puts them back.
     claims: list[Claim] = []
@@ -299,7 +299,7 @@ def _open(engine: sa.Engine, worker_id: str, rows: Sequence[picking.Row]) -> lis
     return kept
 
 
-def _claim_of(row: picking.Row) -> Claim:
+def _claim_of(row: picking.Picked) -> Claim:
     return Claim(
         id=row.id,
         public_id=row.public_id,
@@ -310,7 +310,7 @@ def _claim_of(row: picking.Row) -> Claim:
         attempt=row.attempt,
         max_attempts=row.max_attempts,
         deadline_s=row.deadline_s,
-        args=args_adapter.validate_python(row.args),
+        args=args_adapter.validate_json(row.args),
         inputs={},
         resume=[],
         request_id=row.request_id,

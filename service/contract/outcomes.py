@@ -200,11 +200,7 @@ def finish_many(engine: sa.Engine, worker_id: str, ends: Sequence[tuple[Claim, R
     then nothing is written.
     """
     bodies = [completion.encode(result) for _, result in ends]
-    done = transact(
-        engine,
-        lambda conn: completion.succeed(conn, worker_id, ends, bodies),
-        single=all(completion.is_single(result) for _, result in ends),
-    )
+    done = completion.succeed(engine, worker_id, ends, bodies)
     return [
         "succeeded" if (claim.id, claim.epoch) in done else cancelled(engine, claim, worker_id) for claim, _ in ends
     ]

@@ -11,17 +11,36 @@ knows nothing of it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import sqlalchemy as sa
-from sqlalchemy.dialects.postgresql import JSONB
+from sqlalchemy.dialects.postgresql import ARRAY, JSONB
 
 from service.contract.dialects import after, now
+from service.contract.direct import Direct
 from service.contract.jobs import Lane
 from service.contract.tables import job, job_event, tenant_queue, worker
 from service.contract.transact import read, transact
 
-Row = sa.Row[*tuple[Any, ...]]
+
+class Picked(NamedTuple):
+    """A job's row, just after it became the worker's."""
+
+    id: int
+    public_id: str
+    tenant_id: str
+    lane: str
+    kind: str
+    lease_epoch: int
+    attempt: int
+    max_attempts: int
+    deadline_s: int
+    request_id: str | None
+    args: str
+    """As JSON."""
+    priority: int
+    fair_seq: int
+
 
 _at_lane = sa.bindparam("at_lane", type_=sa.String)
 _me = sa.bindparam("me", type_=sa.String)
@@ -42,7 +61,7 @@ FULL: Final = sa.select(tenant_queue.c.tenant_id).where(
 )
 
 
-def _claim(*, oldest: bool, capped: bool) -> sa.Update:
+def _claim(*, oldest: bool, capped: bool, kinds: sa.ColumnElement[bool]) -> sa.Update:
     order = (job.c.fair_seq, job.c.id) if oldest else (job.c.priority, job.c.fair_seq, job.c.id)
     # A materialised pick: a plan that joins a limited subquery in a loop could update more rows than the limit.
     pick = (
@@ -50,7 +69,7 @@ def _claim(*, oldest: bool, capped: bool) -> sa.Update:
         .where(
             job.c.state == sa.literal_column("'queued'"),
             job.c.lane == _at_lane,
-            job.c.kind.in_(sa.bindparam("kinds", expanding=True)),
+            kinds,
             sa.exists().where(
                 worker.c.id == _me,
                 worker.c.draining.is_(sa.false()),
@@ -76,24 +95,12 @@ def _claim(*, oldest: bool, capped: bool) -> sa.Update:
             deadline_at=after(job.c.deadline_s),
         )
         .returning(
-            job.c.id,
-            job.c.public_id,
-            job.c.tenant_id,
-            job.c.lane,
-            job.c.kind,
-            job.c.lease_epoch,
-            job.c.attempt,
-            job.c.max_attempts,
-            job.c.deadline_s,
-            job.c.priority,
-            job.c.fair_seq,
-            job.c.args,
-            job.c.request_id,
+            *(job.c[name] if name != "args" else sa.cast(job.c.args, sa.Text).label("args") for name in Picked._fields)
         )
     )
 
 
-def _noted(claim: sa.Update) -> sa.Select[Any]:
+def _noted(claim: sa.Update, *, oldest: bool) -> sa.Select[Any]:
     claimed = claim.cte("claimed")
     detail = sa.func.jsonb_build_object("attempt", claimed.c.attempt, "worker", _me, type_=JSONB)
     note = sa.insert(job_event).from_select(
@@ -106,12 +113,18 @@ def _noted(claim: sa.Update) -> sa.Select[Any]:
             detail,
         ),
     )
-    return sa.select(claimed).add_cte(note.cte("noted"))
+    in_line = (claimed.c.fair_seq, claimed.c.id)  # as RETURNING promises no order
+    return sa.select(claimed).order_by(*(in_line if oldest else (claimed.c.priority, *in_line))).add_cte(note.cte("n"))
 
 
+_ANY_KIND: Final = job.c.kind == sa.any_(sa.bindparam("kinds", type_=ARRAY(sa.String)))
+_IN_KINDS: Final = job.c.kind.in_(sa.bindparam("kinds", expanding=True))
 _FORMS: Final = [(oldest, capped) for oldest in (False, True) for capped in (False, True)]
-_CLAIM: Final = {(oldest, capped): _claim(oldest=oldest, capped=capped) for oldest, capped in _FORMS}
-_CLAIM_NOTED: Final = {form: _noted(claim) for form, claim in _CLAIM.items()}
+_CLAIM: Final = {form: _claim(oldest=form[0], capped=form[1], kinds=_IN_KINDS) for form in _FORMS}
+_CLAIM_NOTED: Final = {
+    form: _noted(_claim(oldest=form[0], capped=form[1], kinds=_ANY_KIND), oldest=form[0]) for form in _FORMS
+}
+_CLAIM_DIRECT: Final = {oldest: Direct(_CLAIM_NOTED[oldest, False]) for oldest in (False, True)}
 _NOTE: Final = sa.insert(job_event).values(type="started")
 _CAPPED: Final = sa.select(_is_capped)
 _ONE_BY_ONE: Final = sa.select(sa.func.pg_advisory_xact_lock(sa.func.hashtext("isthmus:" + _at_lane)))
@@ -126,28 +139,34 @@ def pick(
     ttl_s: float,
     limit: int,
     oldest: bool,
-) -> list[Row]:
+) -> list[Picked]:
     """Make up to `limit` queued jobs this worker's and return their rows, first in line first."""
     who = {"me": worker_id, "at_lane": lane, "kinds": list(kinds), "minus_ttl_s": -ttl_s}
-    rows = transact(engine, lambda conn: _take(conn, (oldest, False), {**who, "num": limit}), single=True)
+    if engine.dialect.name == "postgresql":
+        rows = _CLAIM_DIRECT[oldest](engine, {**who, "num": limit})
+    else:
+        rows = transact(engine, lambda conn: _take(conn, (oldest, False), {**who, "num": limit}))
     if not rows and read(engine, lambda conn: conn.scalar(_CAPPED, {"at_lane": lane}), single=True):
         rows = transact(engine, lambda conn: _take_in_turn(conn, oldest, {**who, "num": 1}, limit))
-    return sorted(rows, key=lambda row: (0 if oldest else row.priority, row.fair_seq, row.id))
+    return [Picked._make(row) for row in rows]
 
 
-def _take_in_turn(conn: sa.Connection, oldest: bool, params: dict[str, Any], limit: int) -> list[Row]:  # noqa: FBT001
+def _take_in_turn(conn: sa.Connection, oldest: bool, params: dict[str, Any], limit: int) -> list[Any]:  # noqa: FBT001
     if conn.dialect.name == "postgresql":
         conn.execute(_ONE_BY_ONE, {"at_lane": params["at_lane"]})
-    rows: list[Row] = []
+    rows: list[Any] = []
     while len(rows) < limit and (taken := _take(conn, (oldest, True), params)):
         rows += taken
     return rows
 
 
-def _take(conn: sa.Connection, form: tuple[bool, bool], params: dict[str, Any]) -> list[Row]:
+def _take(conn: sa.Connection, form: tuple[bool, bool], params: dict[str, Any]) -> list[Any]:
     if conn.dialect.name == "postgresql":
         return list(conn.execute(_CLAIM_NOTED[form], params).all())
-    rows = list(conn.execute(_CLAIM[form], params).all())
+    rows = sorted(
+        conn.execute(_CLAIM[form], params).all(),
+        key=lambda row: (0 if form[0] else row.priority, row.fair_seq, row.id),
+    )
     if rows:
         conn.execute(
             _NOTE,

@@ -25,10 +25,19 @@ def transact(engine: sa.Engine, work: Callable[[sa.Connection], Result], *, sing
     atomic without BEGIN and COMMIT around it: one round trip instead of three. A lost connection is not tried again,
     since the commit may have happened. Raises what the database raised last.
     """
+
+    def run() -> Result:
+        with engine.connect().execution_options(single=single) as connection, connection.begin():
+            return work(connection)
+
+    return again(run)
+
+
+def again(run: Callable[[], Result]) -> Result:
+    """Run a unit of work, up to five times after a serialization failure, deadlock or busy lock."""
     for attempt in range(_ATTEMPTS):
         try:
-            with engine.connect().execution_options(single=single) as connection, connection.begin():
-                return work(connection)
+            return run()
         except DBAPIError as error:
             if attempt + 1 == _ATTEMPTS or not _may_run_again(error):
                 raise

@@ -290,10 +290,11 @@ def test_a_claim_walks_its_index_past_many_finished_jobs(world: Any) -> None:
     with world.engine.connect() as conn:
         conn.execute(sa.text("ANALYZE"))
         conn.commit()
+    claim = picking._CLAIM_NOTED if world.engine.dialect.name == "postgresql" else picking._CLAIM
     for statement, index in (
-        (picking._CLAIM[False, False], "job_claim"),
-        (picking._CLAIM[False, True], "job_claim"),
-        (picking._CLAIM[True, False], "job_fair"),
+        (claim[False, False], "job_claim"),
+        (claim[False, True], "job_claim"),
+        (claim[True, False], "job_fair"),
         (leases._PROMOTE, "job_due"),
         (leases._ORPHANS, "job_running|job_deadline"),
         (leases._LEASES, "job_running|job_deadline"),
