@@ -155,6 +155,7 @@ async def test_a_fast_restart_is_503_to_callers_and_nothing_to_a_running_job(
                 if answers[-2].status_code == 202 and not restarted.is_alive():
                     break
             feed.end()
+            engine.dispose()  # ours were cut as well
             assert world.until_state(public_id, "succeeded", "failed").state == "succeeded"
             assert world.row(public_id).lease_epoch == 1
     seen = Counter(answer.status_code for answer in answers)
