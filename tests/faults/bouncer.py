@@ -76,5 +76,6 @@ class PgBouncer:
 
     def url_of(self, url: str) -> str:
         """Return the URL of a database of the server, through the pooler."""
-        pooled = sa.make_url(url).set(host="127.0.0.1", port=self._port, query={"sslmode": "disable"})
+        query = {"sslmode": "disable", "prepare_threshold": "none"}  # for versions before 1.21
+        pooled = sa.make_url(url).set(host="127.0.0.1", port=self._port, query=query)
         return pooled.render_as_string(hide_password=False)
