@@ -25,6 +25,7 @@ from sqlalchemy.sql.elements import ColumnElement
 from sqlalchemy.sql.functions import FunctionElement
 from sqlalchemy.types import JSON, TypeDecorator
 
+from service.contract.committed import Committed
 from service.contract.deadline import TimedConnection
 from service.contract.host import network_file_system
 
@@ -136,7 +137,8 @@ def open_engine(url: str, *, pool_size: int = 5, answer_s: float = 10.0) -> sa.E
     SQLITE_BUSY at once, whatever the busy time-out.
     """
     if url.startswith("sqlite"):
-        engine = sa.create_engine(url, pool_size=pool_size, connect_args={"timeout": 10, "check_same_thread": False})
+        how = {"timeout": 10, "check_same_thread": False, "factory": Committed}
+        engine = sa.create_engine(url, pool_size=pool_size, connect_args=how)
         event.listen(engine, "connect", _prepare_sqlite)
         event.listen(engine, "begin", _begin_immediate)
         return engine

@@ -15,12 +15,12 @@ import time
 import uuid
 from functools import partial
 from pathlib import Path
-from typing import Final
+from typing import Final, cast
 
 import psycopg
 import sqlalchemy as sa
-from sqlalchemy import event
 
+from service.contract.committed import Committed
 from service.contract.deadline import TimedConnection
 from service.contract.dialects import LINK
 from service.contract.host import leave_socket_folder, make_socket_folder, socket_folder
@@ -37,8 +37,7 @@ def hint(conn: sa.Connection) -> None:
         conn.execute(_NOTIFY)
     elif (data := _data_folder(conn.engine)) is not None:
         folder = socket_folder(data)
-        # The event comes just before the commit; a supervisor that is faster waits for the write lock.
-        event.listen(conn, "commit", partial(_send, folder), once=True)
+        cast("Committed", conn.connection.driver_connection).after_commit[folder] = partial(_send, folder)
 
 
 def _data_folder(engine: sa.Engine) -> Path | None:
@@ -46,7 +45,7 @@ def _data_folder(engine: sa.Engine) -> Path | None:
     return Path(database).resolve().parent if database and database != ":memory:" else None
 
 
-def _send(folder: Path, _connection: sa.Connection) -> None:
+def _send(folder: Path) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
         sender.settimeout(0)
         for path in folder.glob("wake-*"):

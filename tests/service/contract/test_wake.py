@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 import socket
 import stat
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ import sqlalchemy as sa
 
 from service.contract import wake
 from service.contract.host import boot_id, host_name, make_socket_folder
+from service.contract.tables import job
+from service.contract.transact import read
 
 
 def test_every_listener_is_woken_by_an_enqueue(world: Any) -> None:
@@ -26,6 +29,31 @@ def test_every_listener_is_woken_by_an_enqueue(world: Any) -> None:
     for listener in listeners:
         listener.close()
         assert listener.fileno() is None
+
+
+def test_who_is_woken_finds_the_job_at_once(world: Any) -> None:
+    listener = wake.Listener(world.engine)
+    listener.open()
+    for num in range(1, 21):
+        enqueuer = threading.Thread(target=world.ingest)
+        enqueuer.start()
+        assert listener.wait(5)
+        # A reader waits for no lock, so it would not see what is about to be committed.
+        assert read(world.engine, lambda conn: conn.scalar(sa.select(sa.func.count()).select_from(job))) == num
+        enqueuer.join()
+    listener.close()
+
+
+def test_a_transaction_of_many_jobs_wakes_once(world: Any) -> None:
+    listener = wake.Listener(world.engine)
+    listener.open()
+    with world.engine.begin() as conn:
+        for _ in range(3):
+            wake.hint(conn)
+        assert not listener.wait(0)
+    assert listener.wait(5)
+    assert not listener.wait(0.05)
+    listener.close()
 
 
 def test_nobody_is_woken_by_what_is_rolled_back(world: Any) -> None:
