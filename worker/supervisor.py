@@ -243,6 +243,9 @@ class Supervisor:
             for _, state in bury_neighbours(self._engine, info, self._scratch.parent):
                 self._metrics.rescues.labels(state).inc()
         leases.register(self._engine, info)
+        if self._worker_id is not None:  # if it was only the row that went, nobody need wait for the rest
+            for _, state in leases.forget(self._engine, [self._worker_id]):
+                self._metrics.rescues.labels(state).inc()
         self._worker_id = info.id
         self._heartbeat.beat_for(info.id)
         fields = {"worker": info.id, "lanes": ",".join(info.lanes), "endpoint": info.endpoint, "device": info.device}

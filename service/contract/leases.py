@@ -25,6 +25,7 @@ from service.contract.transact import read, transact
 
 _log = logging.getLogger(__name__)
 _OVERRUN_S: Final = 30.0  # a supervisor kills at the deadline itself; only one that does not is overruled
+_UPGRADE_S: Final = 60.0  # until a newer worker may be there
 _BATCH: Final = 100
 _RUNNING: Final = job.c.state == sa.literal_column("'running'")
 _ttl = after(sa.bindparam("minus_ttl_s", type_=sa.Double))
@@ -212,8 +213,8 @@ def claim(
     """Take up to `limit` jobs of a lane, first in its order, of the kinds that this worker knows.
 
     With `oldest` the order leaves the priority out. A worker that is draining, unregistered or silent for longer than
-    `ttl_s` gets none. A job that cannot be read or whose inputs are gone fails for good here, and the next one is taken
-    in its place.
+    `ttl_s` gets none. A job whose inputs are gone fails for good here, and the next one is taken in its place; one that
+    this version cannot read is put off, since a newer worker may, and fails when its attempts are used up.
     """
     while True:
         rows = picking.pick(
@@ -285,7 +286,9 @@ def _open(engine: sa.Engine, worker_id: str, rows: Sequence[picking.Picked]) -> 
         except ValidationError as error:
             message = f"this version cannot read the job's args: {error.error_count()} errors"
             lease = Lease(row.id, row.public_id, row.lease_epoch, row.attempt, False, row.request_id)  # noqa: FBT003
-            _refuse(engine, worker_id, lease, {"type": "Invalid", "message": message, "code": "args_unreadable"})
+            _refuse(
+                engine, worker_id, lease, {"type": "Invalid", "message": message, "code": "args_unreadable"}, retry=True
+            )
     if all(isinstance(found.args, IngestArgs) for found in claims):  # which reads nothing that has a row
         return claims
     opened = transact(engine, lambda conn: [_with_inputs(conn, found) for found in claims])
@@ -331,7 +334,9 @@ def _with_inputs(conn: sa.Connection, found: Claim) -> tuple[Claim, RequestError
     return replace(found, inputs=inputs, resume=list(resume)), None
 
 
-def _refuse(engine: sa.Engine, worker_id: str, held: Claim | Lease, error: dict[str, Any]) -> None:
-    state = fail(engine, held, worker_id, error, retry=False)
+def _refuse(
+    engine: sa.Engine, worker_id: str, held: Claim | Lease, error: dict[str, Any], *, retry: bool = False
+) -> None:
+    state = fail(engine, held, worker_id, error, retry=retry, delay_s=_UPGRADE_S)
     fields = {**about(held), "state": state or "lost", "error": error["message"]}
     _log.warning("refused", extra={"fields": fields})

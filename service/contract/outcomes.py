@@ -20,8 +20,8 @@ from service.contract.completion import Result
 from service.contract.dialects import after, now, storable
 from service.contract.jobs import State, TrainArgs
 from service.contract.recipe import Budget
-from service.contract.tables import checkpoint, dataset, job, job_event, job_progress, metric
-from service.contract.transact import transact
+from service.contract.tables import checkpoint, dataset, job, job_event, job_progress, job_result, metric
+from service.contract.transact import read, transact
 
 if TYPE_CHECKING:
     from service.contract.leases import Claim, Lease
@@ -75,6 +75,7 @@ _RELEASE: Final = (
     .where(_ROW)
     .values(state=sa.literal_column("'queued'"), attempt=job.c.attempt - 1, worker_id=None, deadline_at=None)
 )
+_ENDED_BY: Final = sa.select(job_result.c.epoch).where(job_result.c.job_id == sa.bindparam("job_id"))
 _EVENT: Final = sa.insert(job_event)
 _PROGRESS: Final = insert(job_progress).on_conflict_do_update(
     index_elements=[job_progress.c.job_id],
@@ -196,14 +197,23 @@ def finish(engine: sa.Engine, claim: Claim, worker_id: str, result: Result) -> S
 def finish_many(engine: sa.Engine, worker_id: str, ends: Sequence[tuple[Claim, Result]]) -> list[State | None]:
     """End several jobs as `finish` does, in one transaction; return what became of each.
 
-    A job that was cancelled or lost does not keep the others from ending. Raises TooLarge for a result over 1 MiB;
+    A job that was cancelled or lost does not keep the others from ending. To say it again after an answer that was lost
+    on its way is no harm: a job that this very claim has ended is `succeeded`. Raises TooLarge for a result over 1 MiB;
     then nothing is written.
     """
     bodies = [completion.encode(result) for _, result in ends]
     done = completion.succeed(engine, worker_id, ends, bodies)
     return [
-        "succeeded" if (claim.id, claim.epoch) in done else cancelled(engine, claim, worker_id) for claim, _ in ends
+        "succeeded" if (claim.id, claim.epoch) in done else _not_succeeded(engine, claim, worker_id)
+        for claim, _ in ends
     ]
+
+
+def _not_succeeded(engine: sa.Engine, claim: Claim, worker_id: str) -> State | None:
+    state = cancelled(engine, claim, worker_id)
+    if state is None and read(engine, lambda conn: conn.scalar(_ENDED_BY, {"job_id": claim.id})) == claim.epoch:
+        return "succeeded"
+    return state
 
 
 def fail(

@@ -90,11 +90,16 @@ def test_a_job_whose_inputs_are_gone_fails_for_good_and_the_next_is_taken(world:
     assert model_id in row.error["message"]
 
 
-def test_a_job_that_this_version_cannot_read_fails_for_good(world: Any) -> None:
+def test_a_job_that_this_version_cannot_read_is_left_to_a_newer_one_until_its_attempts_are_used_up(world: Any) -> None:
     world.worker()
     public_id = world.ingest()
     broken = {"kind": "ingest", "dataset": world.row(public_id).args["dataset"], "from_the_future": 1}
-    world.execute(sa.update(job).values(args=broken))
+    world.execute(sa.update(job).values(args=broken, max_attempts=2))
+    assert world.claim() == []
+    row = world.row(public_id)
+    assert (row.state, row.error["code"]) == ("scheduled", "args_unreadable")
+    assert (row.run_at - datetime.now(UTC)).total_seconds() > 30
+    world.execute(sa.update(job).values(state="queued"))
     assert world.claim() == []
     row = world.row(public_id)
     assert (row.state, row.error["code"]) == ("failed", "args_unreadable")

@@ -131,6 +131,17 @@ def test_a_row_that_cannot_be_written_leaves_the_job_running(world: Any) -> None
     assert world.rows(job_result) == []
 
 
+def test_an_end_whose_answer_was_lost_can_be_said_again(world: Any) -> None:
+    world.worker()
+    public_id = world.ingest()
+    claim = world.take()
+    assert [outcomes.finish(world.engine, claim, "w1", _ingested()) for _ in range(2)] == ["succeeded"] * 2
+    assert outcomes.fail(world.engine, claim, "w1", {"type": "x", "message": "m"}, retry=True) is None
+    assert world.row(public_id).state == "succeeded"
+    assert len(world.rows(job_result)) == 1
+    assert [row.type for row in world.rows(job_event)] == ["queued", "started", "succeeded"]
+
+
 def test_a_stale_worker_is_refused_before_and_after_the_job_is_claimed_again(world: Any) -> None:
     world.worker()
     world.ingest()
