@@ -280,11 +280,13 @@ class Interleavings(RuleBasedStateMachine):
 
     @initialize()
     def begin(self) -> None:
-        """Begin with some work waiting and some under way."""
+        """Begin with some work waiting and some under way, of which each worker has lost one and claimed it again."""
         for kind in ("ingest", "ingest", "train"):
             self.enqueue("a", kind, None, 5, 1, None, 2)
         for _ in range(2):
             self.start()
+            self.claim(0, "bulk", 1, oldest=False)
+            self.work(0, "release", 1, late=False)
             self.claim(0, "bulk", 1, oldest=False)
 
     def start(self) -> None:
@@ -366,26 +368,24 @@ class Interleavings(RuleBasedStateMachine):
             ["finish", "finish all", "fail", "fail", "give up", "release", "snooze", "stop", "record", "record"]
         ),
         step=st.integers(1, 9),
+        late=st.booleans(),
     )
-    def work(self, at: int, what: str, step: int) -> None:
+    def work(self, at: int, what: str, step: int, *, late: bool) -> None:
         """Let whoever made a claim go on with it, whether or not the job is still its own."""
-        held = _recent(sorted(self.held, key=lambda held: self.mine(held) is not None), at)
+        wanted = [each for each in self.held if (self.mine(each) is None) is late and self.runs(each)]
+        held = _recent(wanted or self.held, at)
+        event(f"late: {late}, wanted: {bool(wanted)}")
         claim, me, engine = held.claim, held.worker, self.engine
         mine = self.mine(held)
         event(f"{what} {'held' if mine else 'lost'}")
         error = {"type": "E", "message": "m", "code": None}
         match what:
             case "finish":
-                found = outcomes.finish(engine, claim, me, _product(claim))
-                assert found == (mine and mine.leave("succeeded", "succeeded"))
-                self.num_models += found == "succeeded" and claim.kind == "train"
+                assert outcomes.finish(engine, claim, me, _product(claim)) == self.finish(held)
             case "finish all":
-                ends = [(each.claim, _product(each.claim)) for each in self.held if each.worker == me]
-                owned = [self.mine(each) for each in self.held if each.worker == me]
-                found = outcomes.finish_many(engine, me, ends)
-                assert found == [each and each.leave("succeeded", "succeeded") for each in owned]
-                ended = zip(ends, found, strict=True)
-                self.num_models += sum(state == "succeeded" and end.kind == "train" for (end, _), state in ended)
+                all_held = [each for each in self.held if each.worker == me]
+                ends = [(each.claim, _product(each.claim)) for each in all_held]
+                assert outcomes.finish_many(engine, me, ends) == [self.finish(each) for each in all_held]
             case "fail" | "give up":
                 found = outcomes.fail(engine, claim, me, error, retry=what == "fail", delay_s=HOUR_S)
                 assert found == (mine and mine.give_up(retry=what == "fail"))
@@ -402,9 +402,23 @@ class Interleavings(RuleBasedStateMachine):
                     mine is not None and mine.record(step)
                 )
 
+    def finish(self, held: Held) -> str | None:
+        """Finish in the model; who says so again hears so again."""
+        mine, each = self.mine(held), self.model.get(held.claim.public_id)
+        if mine is None:
+            return "succeeded" if each is not None and each.result == held.claim.epoch else None
+        state = mine.leave("succeeded", "succeeded")
+        self.num_models += state == "succeeded" and mine.kind == "train"
+        return state
+
     def mine(self, held: Held) -> Job | None:
         each = self.model.get(held.claim.public_id)
         return each if each is not None and each.holds(held) else None
+
+    def runs(self, held: Held) -> bool:
+        """Tell whether the job of a claim runs, be it under another claim, perhaps of the same worker."""
+        each = self.model.get(held.claim.public_id)
+        return each is not None and each.owner is not None
 
     # What time does
 

@@ -19,6 +19,7 @@ from typing import Any, Final
 
 import anyio
 import httpx
+import psycopg
 import pytest
 import sqlalchemy as sa
 from psycopg import sql
@@ -67,6 +68,32 @@ class Plan:
     sorts: bool
 
 
+def _note(sent: dict[str, Any], statement: str, parameters: Any) -> None:
+    if re.match(r"SELECT (?!pg_catalog)|INSERT|UPDATE|DELETE|WITH", statement):
+        sent[statement] = parameters
+
+
+class _Recorder(psycopg.Cursor[Any]):
+    """The driver's cursor, which also writes down what it is given: some statements are sent past SQLAlchemy."""
+
+    sent: dict[str, Any] | None = None
+
+    def execute(self, query: Any, params: Any = None, **options: Any) -> Any:
+        if _Recorder.sent is not None:
+            _note(_Recorder.sent, query.decode() if isinstance(query, bytes) else str(query), params)
+        return super().execute(query, params, **options)
+
+    def executemany(self, query: Any, params_seq: Any, **options: Any) -> Any:
+        if _Recorder.sent is not None:
+            _note(_Recorder.sent, query.decode() if isinstance(query, bytes) else str(query), next(iter(params_seq)))
+        return super().executemany(query, params_seq, **options)
+
+
+def _record(connection: Any, _record: object) -> None:
+    if isinstance(connection, psycopg.Connection):
+        connection.cursor_factory = _Recorder
+
+
 @dataclass
 class Full:
     """A database with a long history and a long wait."""
@@ -82,17 +109,21 @@ class Full:
 
     @contextmanager
     def recorded(self) -> Generator[dict[str, Any]]:
+        """Yield the statements that are sent meanwhile, each with the parameters of its last time."""
         sent: dict[str, Any] = {}
 
         def note(_conn: object, _cursor: object, statement: str, parameters: Any, _context: object, many: bool) -> None:
-            if re.match(r"SELECT|INSERT|UPDATE|DELETE|WITH", statement):
-                sent[statement] = parameters[0] if many else parameters
+            _note(sent, statement, parameters[0] if many else parameters)
 
-        event.listen(sa.Engine, "before_cursor_execute", note)
+        if self.engine.dialect.name == "sqlite":
+            event.listen(sa.Engine, "before_cursor_execute", note)
+        _Recorder.sent = sent
         try:
             yield sent
         finally:
-            event.remove(sa.Engine, "before_cursor_execute", note)
+            _Recorder.sent = None
+            if self.engine.dialect.name == "sqlite":
+                event.remove(sa.Engine, "before_cursor_execute", note)
 
     def explain(self, statement: str, parameters: Any, *, generic: bool) -> Plan:
         with self.engine.connect() as conn:
@@ -113,7 +144,7 @@ class Full:
                 cursor.execute("DEALLOCATE it")
             nodes = list(_nodes(document["Plan"]))
             text = "\n".join(" ".join(f"{key}={node[key]}" for key in _SHOWN if key in node) for node in nodes)
-            return Plan(statement, text, _read_postgres(nodes), any(node["Node Type"] == "Sort" for node in nodes))
+            return Plan(statement, text, _read_postgres(nodes), _sorts(nodes))
 
 
 _SHOWN: Final = ("Node Type", "Relation Name", "Index Name", "Index Cond", "Filter", "Plan Rows")
@@ -125,6 +156,18 @@ def _nodes(node: dict[str, Any]) -> Iterator[dict[str, Any]]:
         yield from _nodes(
             {"Relation Name": node.get("Relation Name"), **child} if "Bitmap" in child["Node Type"] else child
         )
+
+
+def _sorts(nodes: list[dict[str, Any]]) -> bool:
+    """Tell whether jobs are put in order by more than an index; the few that were claimed may be."""
+    sorted_by_hand = [
+        child
+        for node in nodes
+        if node["Node Type"] == "Sort"
+        for child in node["Plans"]
+        if child["Parent Relationship"] != "InitPlan"  # a common table expression is listed under the topmost node
+    ]
+    return any(below.get("Relation Name") == "job" for child in sorted_by_hand for below in _nodes(child))
 
 
 def _read_postgres(nodes: list[dict[str, Any]]) -> list[Access]:
@@ -220,10 +263,12 @@ def _full(url: str, num: int) -> Generator[Full]:
     filler = open_engine(url) if url.startswith("sqlite") else sa.create_engine(url)
     _fill(filler, num)
     filler.dispose()
+    event.listen(sa.Pool, "connect", _record)  # the API opens an engine of its own
     engine = open_engine(url)
     leases.register(engine, WorkerInfo(ME, ["bulk"], list(KINDS), "h", "b", 1, None, "cpu", "0"))
     yield Full(engine, num)
     engine.dispose()
+    event.remove(sa.Pool, "connect", _record)
 
 
 @pytest.fixture(scope="module")
