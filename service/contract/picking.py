@@ -11,6 +11,7 @@ knows nothing of it.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, Final, NamedTuple
 
 import sqlalchemy as sa
@@ -61,7 +62,12 @@ FULL: Final = sa.select(tenant_queue.c.tenant_id).where(
 )
 
 
-def _claim(*, oldest: bool, capped: bool, kinds: sa.ColumnElement[bool]) -> sa.Update:
+_NUM: Final = sa.bindparam("num", type_=sa.Integer)
+
+
+def _claim(
+    *, oldest: bool, capped: bool, kinds: sa.ColumnElement[bool], num: sa.ColumnElement[int] = _NUM
+) -> sa.Update:
     order = (job.c.fair_seq, job.c.id) if oldest else (job.c.priority, job.c.fair_seq, job.c.id)
     # A materialised pick: a plan that joins a limited subquery in a loop could update more rows than the limit.
     pick = (
@@ -78,7 +84,7 @@ def _claim(*, oldest: bool, capped: bool, kinds: sa.ColumnElement[bool]) -> sa.U
             job.c.tenant_id.not_in(FULL) if capped else ~_is_capped,
         )
         .order_by(*order)
-        .limit(sa.bindparam("num", type_=sa.Integer))
+        .limit(num)
         .with_for_update(of=job, skip_locked=True)
         .cte("pick")
         .prefix_with("MATERIALIZED")
@@ -124,10 +130,17 @@ _CLAIM: Final = {form: _claim(oldest=form[0], capped=form[1], kinds=_IN_KINDS) f
 _CLAIM_NOTED: Final = {
     form: _noted(_claim(oldest=form[0], capped=form[1], kinds=_ANY_KIND), oldest=form[0]) for form in _FORMS
 }
-_CLAIM_DIRECT: Final = {oldest: Direct(_CLAIM_NOTED[oldest, False]) for oldest in (False, True)}
 _NOTE: Final = sa.insert(job_event).values(type="started")
 _CAPPED: Final = sa.select(_is_capped)
 _ONE_BY_ONE: Final = sa.select(sa.func.pg_advisory_xact_lock(sa.func.hashtext("isthmus:" + _at_lane)))
+
+
+@lru_cache(64)
+def _direct(num: int, *, oldest: bool) -> Direct:
+    # The number stands in the statement: the plan of a prepared one takes a bound limit for a tenth of all that waits,
+    # and so would either read the whole table or be made anew each time.
+    claim = _claim(oldest=oldest, capped=False, kinds=_ANY_KIND, num=sa.literal_column(str(num), sa.Integer))
+    return Direct(_noted(claim, oldest=oldest))
 
 
 def pick(
@@ -143,7 +156,7 @@ def pick(
     """Make up to `limit` queued jobs this worker's and return their rows, first in line first."""
     who = {"me": worker_id, "at_lane": lane, "kinds": list(kinds), "minus_ttl_s": -ttl_s}
     if engine.dialect.name == "postgresql":
-        rows = _CLAIM_DIRECT[oldest](engine, {**who, "num": limit})
+        rows = _direct(limit, oldest=oldest)(engine, who)
     else:
         rows = transact(engine, lambda conn: _take(conn, (oldest, False), {**who, "num": limit}))
     if not rows and read(engine, lambda conn: conn.scalar(_CAPPED, {"at_lane": lane}), single=True):
