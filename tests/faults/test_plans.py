@@ -35,6 +35,7 @@ from service.contract.tables import metadata, tenant_queue
 
 ME: Final = "w_me"
 TTL_S: Final = 1e9
+WAITING: Final = 50_000
 HISTORY: Final = ("job", "job_result", "job_progress", "job_event", "job_input", "metric", "checkpoint")
 # Partial indexes of what waits or runs: to walk one from its start is to look at what there is to do.
 HOT: Final = frozenset({"job_claim", "job_fair", "job_due", "job_running", "job_deadline"})
@@ -142,6 +143,7 @@ class Full:
                 cursor.execute(f"EXPLAIN (FORMAT JSON) {execute}".encode())
                 (document,) = cursor.fetchone()[0]
                 cursor.execute("DEALLOCATE it")
+                cursor.execute("RESET plan_cache_mode")
             nodes = list(_nodes(document["Plan"]))
             text = "\n".join(" ".join(f"{key}={node[key]}" for key in _SHOWN if key in node) for node in nodes)
             return Plan(statement, text, _read_postgres(nodes), _sorts(nodes))
@@ -204,7 +206,7 @@ def _fill(engine: sa.Engine, num: int) -> None:
     sqlite = engine.dialect.name == "sqlite"
     instant = "isthmus_now() + ({}) * 1000000" if sqlite else "statement_timestamp() + ({}) * interval '1 second'"
     states = f"""CASE WHEN n <= {num} THEN CASE n % 3 WHEN 0 THEN 'failed' WHEN 1 THEN 'cancelled' ELSE 'succeeded' END
-        WHEN n <= {num * 3 // 2} THEN 'scheduled' WHEN n <= {num * 3 // 2 + 2000} THEN 'queued' ELSE 'running' END"""
+        WHEN n <= {num * 3 // 2} THEN 'scheduled' WHEN n <= {num * 3 // 2 + WAITING} THEN 'queued' ELSE 'running' END"""
     job_rows = f"""
         INSERT INTO job (public_id, tenant_id, lane, kind, name, state, priority, fair_seq, run_at, attempt,
             max_attempts, lease_epoch, worker_id, deadline_s, finished_at, started_at, deadline_at, args,
@@ -219,7 +221,7 @@ def _fill(engine: sa.Engine, num: int) -> None:
             '{args}', CASE WHEN n % 2 = 0 THEN 'key ' || n END, {instant.format(f"n - {2 * num}")}
         FROM (SELECT n, {states} AS state FROM series) AS rows"""
     series = "WITH RECURSIVE series (n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM series WHERE n < {})"
-    last = num * 3 // 2 + 2040
+    last = num * 3 // 2 + WAITING + 40
     with engine.begin() as conn:
         if not sqlite:
             conn.exec_driver_sql("SET session_replication_role = replica")  # what hangs on a job is known to have one
@@ -273,7 +275,7 @@ def _full(url: str, num: int) -> Generator[Full]:
 
 @pytest.fixture(scope="module")
 def full(database: str) -> Iterator[Full]:
-    """200,000 finished jobs, 100,000 scheduled ones, 2,000 that wait and 40 that run."""
+    """200,000 finished jobs, 100,000 scheduled ones, 50,000 that wait and 40 that run."""
     with _full(database, 200_000) as made:
         yield made
 
