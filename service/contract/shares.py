@@ -16,15 +16,21 @@ from service.contract.transact import read, transact
 
 _MAX: Final = 1_000_000
 _TENANT: Final = re.compile(r"[a-z0-9][a-z0-9_.-]{0,63}")
+_unfinished = sa.union_all(
+    *(
+        sa.select(job.c.tenant_id, job.c.lane, job.c.state).where(job.c.state == sa.literal_column(f"'{state}'"))
+        for state in ("scheduled", "queued", "running")  # each has its index; all together have none
+    )
+).subquery("unfinished")
+_is_running = _unfinished.c.state == sa.literal_column("'running'")
 _counts = (
     sa.select(
-        job.c.tenant_id,
-        job.c.lane,
-        sa.func.count().filter(job.c.state == sa.literal_column("'running'")).label("running"),
-        sa.func.count().filter(job.c.state != sa.literal_column("'running'")).label("waiting"),
+        _unfinished.c.tenant_id,
+        _unfinished.c.lane,
+        sa.func.count().filter(_is_running).label("running"),
+        sa.func.count().filter(~_is_running).label("waiting"),
     )
-    .where(sa.text("job.state IN ('scheduled','queued','running')"))
-    .group_by(job.c.tenant_id, job.c.lane)
+    .group_by(_unfinished.c.tenant_id, _unfinished.c.lane)
     .subquery("counts")
 )
 _SHARES: Final = (
