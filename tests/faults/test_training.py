@@ -312,6 +312,30 @@ def _retried(training: Training, public_id: str) -> list[tuple[str, Any]]:
 
 
 @SQLITE_ONLY
+def test_a_runner_that_is_told_to_stop_writes_a_checkpoint_and_burns_no_attempt(training: Training) -> None:
+    """No checkpoint is due: without this one the next attempt would start from nothing."""
+    world = training.world
+    public_id = training.submit(_recipe(100_000, checkpoint_s=3600))
+    with world.worker() as process:
+        world.until(lambda: world.rows(metric), 60)
+        assert training.steps(public_id) == []
+        runner_of(process).terminate()
+        world.until(lambda: "resumed" in dict(training.events(public_id)), 60)
+        (saved,) = training.steps(public_id)
+        assert saved >= 7
+        assert [(kind, detail.get("step")) for kind, detail in training.events(public_id) if kind != "queued"] == [
+            ("started", None),
+            ("released", None),
+            ("started", None),
+            ("resumed", saved),
+        ]
+        assert (world.row(public_id).attempt, world.row(public_id).lease_epoch) == (1, 2)
+        with world.engine.begin() as conn:
+            queue.cancel(conn, "t", public_id)
+        assert training.until_ended(public_id).state == "cancelled"
+
+
+@SQLITE_ONLY
 def test_a_full_disk_costs_no_checkpoint_that_is_there_and_the_job_is_done_once_there_is_room(
     training: Training, undisturbed: Run
 ) -> None:
