@@ -114,8 +114,8 @@ async def _open(settings: Settings, telemetry: Telemetry) -> AsyncGenerator[Serv
         engine = open_engine(settings.resolved_database_url(), pool_size=THREADS)
         for risk in risks(settings.resolved_database_url()):
             log.warning(risk)
-        opened.callback(engine.dispose)
         database = Database(engine)
+        opened.push_async_callback(database.close)
         try:
             if settings.api_key is not None:
                 key = settings.api_key.get_secret_value()

@@ -5,11 +5,11 @@ A stalled database fills these threads and no others, so requests that need no r
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Final, TypeVar, final
 
-import anyio
-import anyio.to_thread
 import sqlalchemy as sa
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
@@ -26,11 +26,21 @@ _READ_ONLY: Final = "25006"
 
 @final
 class Database:
-    """Transactions in threads; what the database cannot do right now is Unavailable."""
+    """Transactions in threads; what the database cannot do right now is Unavailable.
+
+    The threads are an executor's, because `close` has to wait for a transaction whose caller was cancelled: its
+    connection would otherwise come back to an engine that is closed, and stay open.
+    """
 
     def __init__(self, engine: sa.Engine) -> None:
         self.engine = engine
-        self._limiter = anyio.CapacityLimiter(THREADS)
+        self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="database")
+        self._num_calls = 0
+
+    async def close(self) -> None:
+        """Wait for the transactions under way, start no other and close the engine."""
+        await asyncio.to_thread(self._threads.shutdown, cancel_futures=True)
+        self.engine.dispose()
 
     async def read(self, work: Callable[[sa.Connection], T]) -> T:
         """Run `work` in a transaction that writes nothing.
@@ -48,11 +58,16 @@ class Database:
         return await self._run(work, read=False)
 
     async def _run(self, work: Callable[[sa.Connection], T], *, read: bool) -> T:
-        if self._limiter.statistics().tasks_waiting >= MAX_WAITING:
+        if self._num_calls >= THREADS + MAX_WAITING:
             raise TooMany("too many requests wait for the database")
-        return await anyio.to_thread.run_sync(self._transact, work, read, limiter=self._limiter)
+        self._num_calls += 1
+        try:
+            loop = asyncio.get_running_loop()
+            return await loop.run_in_executor(self._threads, lambda: self._transact(work, read=read))
+        finally:
+            self._num_calls -= 1
 
-    def _transact(self, work: Callable[[sa.Connection], T], read: bool) -> T:  # noqa: FBT001  # run_sync passes by place
+    def _transact(self, work: Callable[[sa.Connection], T], *, read: bool) -> T:
         try:
             return read_only(self.engine, work) if read else transact(self.engine, work)
         except (OperationalError, InterfaceError, PoolTimeout) as error:

@@ -8,7 +8,6 @@ is silent leaves these figures out and says `isthmus_database_up 0`.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -150,11 +149,12 @@ class QueueGauges(Collector):
             self._reading = None  # it goes on, and the next scrape may find its answer
 
     async def close(self) -> None:
-        """Wait for a reading that is under way."""
+        """Wait for a reading that is under way.
+
+        Cancelling the task would leave its thread with a connection that nobody closes.
+        """
         if self._task is not None:
-            self._task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._task
+            await asyncio.wait({self._task})
 
     async def _read(self) -> None:
         try:

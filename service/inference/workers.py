@@ -129,7 +129,8 @@ class Workers:
             await known.client.close()
         await asyncio.gather(*self._closing, return_exceptions=True)
         self._known.clear()
-        self._thread.shutdown(wait=False, cancel_futures=True)
+        # Its connection has to be back before the engine closes those that it knows of.
+        await asyncio.to_thread(self._thread.shutdown, cancel_futures=True)
 
     def any_known(self) -> bool:
         """Tell whether any worker serves, ready or not."""
