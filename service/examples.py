@@ -27,8 +27,9 @@ from service.contract.operations import (
     Tokens,
     Usage,
 )
-from service.contract.recipe import Pair, Recipe, Tower
+from service.contract.recipe import Pair, Recipe
 from service.contract.settings import Settings
+from service.contract.towers import Tower
 from service.contract.word import Word
 from service.keys import CreateKey
 from service.resources import (

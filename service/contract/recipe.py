@@ -10,27 +10,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field, StrictBool, StrictInt, model_validator
 
-from service.contract.modality import TokeniserConfig
+from service.contract.losses import Critic, InfoNCE, KSample, Loss, Square
+from service.contract.towers import Tower
 from service.contract.word import Id, ModalityName, Real, Word
-
-
-class Tower(Word):
-    """A pre-norm transformer over the tokens of one modality, with a linear read-out into the shared space."""
-
-    tokens: TokeniserConfig
-    width: Annotated[StrictInt, Field(ge=8, le=8192)] = 64
-    depth: Annotated[StrictInt, Field(ge=1, le=128, description="blocks")] = 2
-    heads: Annotated[StrictInt, Field(ge=1, le=128)] = 4
-    mlp_ratio: Annotated[Real, Field(gt=0, le=16)] = 4.0
-    pooling: Literal["mean", "cls"] = "mean"
-    dropout: Annotated[Real, Field(ge=0, lt=1)] = 0.0
-
-    @model_validator(mode="after")
-    def _heads_divide_the_width(self) -> Tower:
-        if self.width % self.heads:
-            msg = f"width {self.width} is not a multiple of heads {self.heads}"
-            raise ValueError(msg)
-        return self
 
 
 class Pair(Word):
@@ -41,6 +23,7 @@ class Pair(Word):
         tuple[ModalityName, ModalityName], Field(description="both present in every sample of the data set")
     ]
     weight: Annotated[Real, Field(gt=0, le=1000, description="relative share of the steps")] = 1.0
+    loss: Annotated[Loss | None, Field(description="null: the recipe's")] = None
 
     @model_validator(mode="after")
     def _two_different_ones(self) -> Pair:
@@ -48,18 +31,6 @@ class Pair(Word):
             msg = "a pair joins two different modalities"
             raise ValueError(msg)
         return self
-
-
-class InfoNCE(Word):
-    """Symmetric InfoNCE over the batch, the mean of both directions (CLIP)."""
-
-    kind: Literal["info_nce"] = "info_nce"
-    init_scale: Annotated[Real, Field(gt=0, le=1000, description="the logit scale at the start")] = 14.285714
-    max_scale: Annotated[Real, Field(gt=0, le=1000, description="the logit scale never exceeds this")] = 100.0
-    learn_scale: StrictBool = True
-
-
-Loss = InfoNCE  # a discriminated union on `kind` as soon as there are two
 
 
 class Optimiser(Word):
@@ -85,6 +56,32 @@ class Budget(Word):
     log_every: Annotated[StrictInt, Field(ge=1, le=100_000, description="steps between two metrics")] = 10
 
 
+class Compute(Word):
+    """How the work is done. Nothing here changes what is learned, but for rounding."""
+
+    micro_batch: Annotated[
+        StrictInt | None,
+        Field(
+            ge=1,
+            le=1_048_576,
+            description="items encoded at once; the gradient stays the whole batch's (gradient caching); null: all",
+        ),
+    ] = None
+    activation_checkpointing: Annotated[
+        StrictBool, Field(description="compute the inside of blocks again on the way back instead of keeping it")
+    ] = False
+    compile: Annotated[
+        Literal["auto", "never", "always"], Field(description="torch.compile; auto: on CUDA, for long runs")
+    ] = "auto"
+    loaders: Annotated[
+        StrictInt | None,
+        Field(ge=0, le=64, description="processes that prepare batches; 0: a thread; null: by the cores and media"),
+    ] = None
+    devices: Annotated[
+        StrictInt, Field(ge=1, le=64, description="GPUs (processes on the CPU) that share every batch")
+    ] = 1
+
+
 class Bank(Word):
     """The bridge bank: training items kept in the artifact, over which composition sums."""
 
@@ -104,6 +101,7 @@ class Recipe(Word):
     loss: Loss | None = None
     optimiser: Optimiser | None = None
     budget: Budget | None = None
+    compute: Compute | None = None
     bank: Bank | None = None
     precision: Annotated[
         Literal["auto", "fp32", "bf16"], Field(description="auto: bf16 autocast on CUDA, fp32 elsewhere")
@@ -123,6 +121,39 @@ class Recipe(Word):
             msg = f"no pair trains the tower of {', '.join(map(repr, idle))}"
             raise ValueError(msg)
         return self
+
+    @model_validator(mode="after")
+    def _losses_agree(self) -> Recipe:
+        by_name: dict[str, tuple[int, Loss]] = {}
+        batch_size = (self.budget or Budget()).batch_size
+        critic = self.critic
+        for at, pair in enumerate(self.pairs):
+            loss = self.loss_of(pair)
+            first, other = by_name.setdefault(pair_name(*pair.modalities), (at, loss))
+            if other != loss:
+                msg = f"pairs[{at}] has another loss than pairs[{first}], which joins the same modalities by one scale"
+                raise ValueError(msg)
+            if loss.critic != critic:
+                msg = f"pairs[{at}]: critic {loss.critic} beside {critic}; one space has one critic"
+                raise ValueError(msg)
+            if isinstance(loss, Square) and not any(self.towers[modality].locked for modality in pair.modalities):
+                msg = f"pairs[{at}]: square loss needs a locked tower, or all vectors meet in one point"
+                raise ValueError(msg)
+            if isinstance(loss, KSample) and batch_size % (loss.candidates + 1):
+                msg = (
+                    f"pairs[{at}]: batch_size {batch_size} is not a multiple of candidates + 1 = {loss.candidates + 1}"
+                )
+                raise ValueError(msg)
+        return self
+
+    def loss_of(self, pair: Pair) -> Loss:
+        """Return the loss of one of the pairs."""
+        return pair.loss or self.loss or InfoNCE()
+
+    @property
+    def critic(self) -> Critic:
+        """How two vectors of the space are compared."""
+        return self.loss_of(self.pairs[0]).critic
 
 
 def pair_name(first: str, second: str) -> str:

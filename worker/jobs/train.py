@@ -19,7 +19,7 @@ import torch
 
 from service.contract.errors import Interrupted, Permanent
 from service.contract.jobs import TrainArgs, TrainResult
-from service.contract.recipe import Budget, InfoNCE, Optimiser, pair_name
+from service.contract.recipe import Budget, Optimiser, pair_name
 from worker.learning import bank, checkpoints, data, losses, optim
 from worker.learning.checkpoints import Checkpoints, Position
 from worker.learning.device import be_deterministic, blaming, choose_device, precision_of
@@ -37,7 +37,7 @@ def run(args: TrainArgs, ctx: Context) -> TrainResult:  # noqa: PLR0915 - one lo
     a checkpoint was written.
     """
     recipe = args.recipe
-    loss_config, optimiser_config = recipe.loss or InfoNCE(), recipe.optimiser or Optimiser()
+    optimiser_config = recipe.optimiser or Optimiser()
     budget = recipe.budget or Budget()
     device = choose_device(ctx.device)
     autocast = precision_of(recipe.precision, device)
@@ -105,7 +105,7 @@ def run(args: TrainArgs, ctx: Context) -> TrainResult:  # noqa: PLR0915 - one lo
                     what = f"the loss is {loss_value}, the norm of its gradient {norm_value}"
                     raise Permanent(f"step {position.step + 1}, pair {names[at]}: {what}", code="not_finite")
                 optimiser.step()
-                model.clamp_scales(loss_config.max_scale)
+                model.clamp_scales()
 
                 now = time.monotonic()
                 total, num = position.recent.get(names[at], (0.0, 0))

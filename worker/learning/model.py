@@ -16,7 +16,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, final
+from typing import Any, assert_never, final
 
 import torch
 from jaxtyping import Float
@@ -24,7 +24,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
 
-from service.contract.recipe import InfoNCE, Recipe, pair_name
+from service.contract.losses import InfoNCE, KSample, Loss, Scaled, Sigmoid, Square
+from service.contract.recipe import Recipe, pair_name
 from service.contract.tokens import tokenise
 from service.contract.tokens.text import FILE as TOKENISER_FILE
 from service.contract.tokens.tokenise import Tokeniser
@@ -59,12 +60,17 @@ class MultiTower(nn.Module):
         for name, tower in self.towers.items():
             # Not a ModuleDict: it refuses the names of its own methods, and a modality may be called `type`.
             self.add_module(f"tower_{name}", tower)
-        loss = recipe.loss or InfoNCE()
-        start = torch.tensor(math.log(min(loss.init_scale, loss.max_scale)))
-        names = sorted({pair_name(*pair.modalities) for pair in recipe.pairs})
+        losses = {pair_name(*pair.modalities): recipe.loss_of(pair) for pair in recipe.pairs}
         self.log_scales = nn.ParameterDict(
-            {name: nn.Parameter(start.clone(), requires_grad=loss.learn_scale) for name in names}
+            {
+                name: nn.Parameter(
+                    torch.tensor(math.log(_start_scale(loss, recipe.dimensions))),
+                    requires_grad=isinstance(loss, Scaled) and loss.learn_scale,
+                )
+                for name, loss in sorted(losses.items())
+            }
         )
+        self._max_scales = {name: loss.max_scale for name, loss in losses.items() if isinstance(loss, Scaled)}
 
     def encode(self, modality: str, batch: Ragged) -> Float[Tensor, "item dim"]:
         """Encode items to unit vectors, float32; the sequences of one item are averaged as unit vectors."""
@@ -83,10 +89,23 @@ class MultiTower(nn.Module):
         return pair_name(first, second) in self.log_scales
 
     @torch.no_grad()
-    def clamp_scales(self, largest: float) -> None:
-        """Keep every scale at or below the largest allowed."""
-        for log_scale in self.log_scales.values():
-            log_scale.clamp_(max=math.log(largest))
+    def clamp_scales(self) -> None:
+        """Keep every scale at or below the largest that its loss allows."""
+        for name, largest in self._max_scales.items():
+            self.log_scales[name].clamp_(max=math.log(largest))
+
+
+def _start_scale(loss: Loss, dimensions: int) -> float:
+    match loss:
+        case Square():
+            return 1.0  # it knows no scale
+        case InfoNCE() | KSample() | Sigmoid():
+            by_loss = (
+                (10.0 if isinstance(loss, Sigmoid) else 14.285714) if loss.critic == "cosine" else dimensions**-0.5
+            )
+            return min(by_loss if loss.init_scale is None else loss.init_scale, loss.max_scale)
+        case _:
+            assert_never(loss)
 
 
 @final

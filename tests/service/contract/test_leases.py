@@ -13,8 +13,9 @@ from service.contract.dialects import Json
 from service.contract.dialects import after as after_s
 from service.contract.jobs import EmbedArgs, TrainArgs
 from service.contract.modality import TextTokens
-from service.contract.recipe import Pair, Recipe, Tower
+from service.contract.recipe import Pair, Recipe
 from service.contract.tables import alias, dataset, job, job_event, job_input, model, worker
+from service.contract.towers import Tower
 
 
 def _train(dataset_id: str) -> TrainArgs:

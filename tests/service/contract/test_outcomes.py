@@ -20,7 +20,7 @@ from service.contract.jobs import (
 )
 from service.contract.modality import TextTokens
 from service.contract.outcomes import Batch, Saved
-from service.contract.recipe import Pair, Recipe, Tower
+from service.contract.recipe import Pair, Recipe
 from service.contract.tables import (
     alias,
     checkpoint,
@@ -32,6 +32,7 @@ from service.contract.tables import (
     metric,
     model,
 )
+from service.contract.towers import Tower
 
 ERROR = {"type": "Permanent", "message": "no", "code": None}
 

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
+from service.contract.losses import InfoNCE
 from service.contract.modality import TextTokens
-from service.contract.recipe import InfoNCE, Recipe
+from service.contract.recipe import Recipe
 from service.contract.tokens import text
 from worker.learning import losses
 from worker.learning.model import Bank, MultiTower, build_tokenisers, load_model, save_model, vocab_sizes
@@ -64,7 +65,7 @@ def test_a_scale_belongs_to_a_pair_in_either_order_and_never_leaves_its_bound(re
     assert model.is_trained("text", "codes")
     assert not model.is_trained("imu", "codes")
     model.log_scales["imu+text"].fill_(10.0)
-    model.clamp_scales(30.0)
+    model.clamp_scales()
     assert float(model.scale("text", "imu")) == pytest.approx(30.0)
     assert float(model.scale("codes", "text")) == pytest.approx(20.0)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from service.contract.recipe import Tower
+from service.contract.towers import Tower
 from worker.learning.towers.transformer import Transformer
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from service.contract.modality import AudioTokens, ContinuousTokens, DiscreteTokens, ImageTokens, TextTokens
-from service.contract.recipe import Tower
+from service.contract.towers import Tower
 from worker.learning.ragged import Ragged
 
 PIXEL_MEAN: Final = 127.5

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from service.contract.recipe import Tower
+from service.contract.towers import Tower
 from worker.learning import towers
 from worker.learning.ragged import Ragged
 from worker.learning.towers.transformer import PIXEL_MEAN, Transformer

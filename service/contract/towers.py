@@ -1,0 +1,149 @@
+"""What turns the tokens of one modality into a vector of the shared space, and what of it learns.
+
+A tower starts from the seed, or with `init_from` from the same modality of a model that exists. What is not locked,
+frozen or replaced by low-rank updates learns.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Final, Literal, cast
+
+from pydantic import Field, StrictBool, StrictInt, model_validator
+
+from service.contract.modality import AudioTokens, ImageTokens, TokeniserConfig
+from service.contract.word import Id, ModalityName, Real, Word
+
+Preset = Literal["tiny", "small", "medium", "base", "large"]
+PRESETS: Final[dict[Preset, dict[str, int | float]]] = {
+    "tiny": {"width": 64, "depth": 2, "heads": 4, "mlp_ratio": 4.0},
+    "small": {"width": 192, "depth": 6, "heads": 3, "mlp_ratio": 4.0},
+    "medium": {"width": 512, "depth": 12, "heads": 8, "mlp_ratio": 4.0},  # CLIP's text tower
+    "base": {"width": 768, "depth": 12, "heads": 12, "mlp_ratio": 4.0},  # ViT-B
+    "large": {"width": 1024, "depth": 24, "heads": 16, "mlp_ratio": 4.0},  # ViT-L
+}
+
+_Share = Annotated[Real, Field(ge=0, le=1)]
+
+
+class InitFrom(Word):
+    """A tower of a model that exists: its weights and its tokeniser are where this one starts."""
+
+    model: Annotated[Id, Field(description="a model's id or alias, or job_x@latest, job_x@<step>")]
+    modality: Annotated[ModalityName | None, Field(description="null: the same name")] = None
+
+
+class LoRA(Word):
+    """Low-rank updates of the blocks' matrices; the matrices themselves stay as they are (Hu et al. 2021)."""
+
+    rank: Annotated[StrictInt, Field(ge=1, le=1024)] = 8
+    alpha: Annotated[Real, Field(gt=0, le=4096, description="the update is scaled by alpha / rank")] = 16.0
+
+
+class ImageAugment(Word):
+    """What happens to a training image before it is cut into patches, anew in every epoch."""
+
+    kind: Literal["image"] = "image"
+    crop: Annotated[Real, Field(gt=0, le=1, description="a random crop keeps at least this share of the area")] = 0.9
+    flip: Annotated[_Share, Field(description="chance of a mirror image; wrong for digits and letters")] = 0.0
+    colour: Annotated[_Share, Field(description="brightness, contrast and saturation change by up to this")] = 0.0
+
+
+class AudioAugment(Word):
+    """What happens to a training sound before and after it becomes a log-mel picture, anew in every epoch."""
+
+    kind: Literal["audio"] = "audio"
+    shift_s: Annotated[Real, Field(ge=0, le=600, description="the window moves by up to this, seconds")] = 0.0
+    noise_db: Annotated[
+        Real | None, Field(ge=-20, le=120, description="white noise this far below the sound's level; null: none")
+    ] = None
+    time_masks: Annotated[StrictInt, Field(ge=0, le=32)] = 0
+    time_share: Annotated[_Share, Field(description="a time mask spans at most this share of the window")] = 0.1
+    mel_masks: Annotated[StrictInt, Field(ge=0, le=32)] = 0
+    mel_share: Annotated[_Share, Field(description="a mel mask spans at most this share of the bands")] = 0.2
+
+
+class TokenAugment(Word):
+    """What happens to a training sequence of text, ids or vectors, anew in every epoch."""
+
+    kind: Literal["tokens"] = "tokens"
+    drop: Annotated[
+        Real, Field(ge=0, lt=1, description="chance that a token is left out; start, end and the last one stay")
+    ] = 0.1
+
+
+Augment = Annotated[ImageAugment | AudioAugment | TokenAugment, Field(discriminator="kind")]
+
+
+class Tower(Word):
+    """A pre-norm transformer over the tokens of one modality, with a linear read-out into the shared space."""
+
+    tokens: TokeniserConfig
+    preset: Annotated[
+        Preset | None, Field(description="fills in width, depth, heads and mlp_ratio where they are left out")
+    ] = None
+    width: Annotated[StrictInt, Field(ge=8, le=8192)] = 64
+    depth: Annotated[StrictInt, Field(ge=1, le=128, description="blocks")] = 2
+    heads: Annotated[StrictInt, Field(ge=1, le=128)] = 4
+    mlp_ratio: Annotated[Real, Field(gt=0, le=16)] = 4.0
+    positions: Annotated[Literal["learned", "rotary"], Field(description="rotary: over the place in the sequence")] = (
+        "learned"
+    )
+    pooling: Annotated[
+        Literal["mean", "cls", "attention"], Field(description="attention: one learned query over the last tokens")
+    ] = "mean"
+    dropout: Annotated[Real, Field(ge=0, lt=1)] = 0.0
+    init_from: InitFrom | None = None
+    locked: Annotated[StrictBool, Field(description="nothing of the tower learns; needs init_from")] = False
+    frozen_blocks: Annotated[
+        StrictInt, Field(ge=0, le=128, description="the embedding and the first blocks do not learn; needs init_from")
+    ] = 0
+    lora: LoRA | None = None
+    augment: Augment | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in_the_preset(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        given = cast("dict[str, Any]", value)
+        preset = given.get("preset")
+        return {**PRESETS[preset], **given} if isinstance(preset, str) and preset in PRESETS else given
+
+    @model_validator(mode="after")
+    def _heads_divide_the_width(self) -> Tower:
+        if self.width % self.heads:
+            msg = f"width {self.width} is not a multiple of heads {self.heads}"
+            raise ValueError(msg)
+        if self.positions == "rotary" and self.width // self.heads % 2:
+            msg = f"rotary positions turn pairs of values: width / heads is odd, {self.width // self.heads}"
+            raise ValueError(msg)
+        return self
+
+    @model_validator(mode="after")
+    def _what_stays_was_learned_elsewhere(self) -> Tower:
+        if self.init_from is None:
+            for what, is_asked in (
+                ("locked", self.locked),
+                ("frozen_blocks", self.frozen_blocks > 0),
+                ("lora", self.lora is not None),
+            ):
+                if is_asked:
+                    msg = f"{what} needs init_from: random weights are not worth keeping"
+                    raise ValueError(msg)
+        if self.locked and (self.lora is not None or self.frozen_blocks or self.augment is not None):
+            msg = "a locked tower learns nothing: leave out lora, frozen_blocks and augment"
+            raise ValueError(msg)
+        if self.frozen_blocks > self.depth:
+            msg = f"frozen_blocks {self.frozen_blocks} is more than depth {self.depth}"
+            raise ValueError(msg)
+        return self
+
+    @model_validator(mode="after")
+    def _augment_fits_the_medium(self) -> Tower:
+        if self.augment is None:
+            return self
+        wanted = self.tokens.kind if isinstance(self.tokens, ImageTokens | AudioTokens) else "tokens"
+        if self.augment.kind != wanted:
+            msg = f"augment of kind {self.augment.kind!r} does not fit {self.tokens.kind}: use {wanted!r}"
+            raise ValueError(msg)
+        return self
