@@ -82,7 +82,7 @@ def _add_jobs(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     listing = actions.add_parser("list", help="list jobs, newest first")
     listing.add_argument("--status", help="queued, running, cancelling, succeeded, failed or cancelled")
-    listing.add_argument("--kind", help="ingest, train, embed or evaluate")
+    listing.add_argument("--kind", help="ingest, train, embed, evaluate or experiment")
     listing.add_argument("--limit", type=_count, default=20, metavar="N", help="at most so many (%(default)s)")
     show = actions.add_parser("show", help="show everything about a job")
     follow = actions.add_parser("follow", help="follow a job to its end; Ctrl-C leaves it running")

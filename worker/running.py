@@ -8,7 +8,14 @@ from typing import Any, Final, Literal, final
 
 from pydantic import ValidationError
 
-from service.contract.jobs import EmbedResult, EvaluateResult, IngestResult, TrainResult, result_adapter
+from service.contract.jobs import (
+    EmbedResult,
+    EvaluateResult,
+    ExperimentResult,
+    IngestResult,
+    TrainResult,
+    result_adapter,
+)
 from service.contract.leases import Claim
 from service.contract.outcomes import Batch, Saved
 from worker.child import BrokenChannel, Child, ending
@@ -23,7 +30,7 @@ _MAX_EVENTS: Final = 10_000
 class Done:
     """The job has a result."""
 
-    result: IngestResult | TrainResult | EmbedResult | EvaluateResult
+    result: IngestResult | TrainResult | EmbedResult | EvaluateResult | ExperimentResult
 
 
 @dataclass(frozen=True)

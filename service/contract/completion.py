@@ -17,14 +17,22 @@ from sqlalchemy.dialects.postgresql import JSONB, insert
 from service.contract.dialects import now, storable
 from service.contract.direct import Direct
 from service.contract.errors import TooLarge
-from service.contract.jobs import EmbedResult, EvaluateResult, IngestArgs, IngestResult, TrainArgs, TrainResult
+from service.contract.jobs import (
+    EmbedResult,
+    EvaluateResult,
+    ExperimentResult,
+    IngestArgs,
+    IngestResult,
+    TrainArgs,
+    TrainResult,
+)
 from service.contract.tables import alias, dataset, embedding_set, job, job_event, job_result, model
 from service.contract.transact import transact
 
 if TYPE_CHECKING:
     from service.contract.leases import Claim
 
-Result = IngestResult | TrainResult | EmbedResult | EvaluateResult
+Result = IngestResult | TrainResult | EmbedResult | EvaluateResult | ExperimentResult
 MAX_RESULT_BYTES: Final = 1 << 20
 
 _RUNNING: Final = job.c.state == sa.literal_column("'running'")
@@ -201,7 +209,7 @@ def _write_product(conn: sa.Connection, claim: Claim, result: Result, body: str)
             if isinstance(claim.args, TrainArgs) and claim.args.name is not None:
                 at = {"tenant_id": claim.tenant_id, "name": claim.args.name}
                 conn.execute(_ALIAS, {**at, "model_id": made["id"]})
-        case IngestResult() | EvaluateResult():
+        case IngestResult() | EvaluateResult() | ExperimentResult():
             pass  # a data set's row is there from its creation; a report is a file of its job
         case _:
             assert_never(result)

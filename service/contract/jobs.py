@@ -11,6 +11,7 @@ from typing import Annotated, Final, Literal
 from pydantic import Field, StrictBool, StrictInt, TypeAdapter, field_validator
 from typing_extensions import TypedDict
 
+from service.contract.experiments import EXPERIMENTS, ExperimentName, Verdict
 from service.contract.recipe import Budget, Recipe
 from service.contract.word import Id, ModalityName, Name, Real, Text, Word
 
@@ -109,15 +110,29 @@ class EvaluateArgs(Word):
         return prompts
 
 
-JobArgs = Annotated[IngestArgs | TrainArgs | EmbedArgs | EvaluateArgs, Field(discriminator="kind")]
+class ExperimentArgs(Word):
+    """Check a claim of a paper on data whose truth is known; reads nothing."""
+
+    kind: Literal["experiment"] = "experiment"
+    experiment: ExperimentName
+    seeds: Annotated[
+        StrictInt | None, Field(ge=1, le=100, description="independent repetitions; null: the experiment's own number")
+    ] = None
+    seed: Annotated[StrictInt, Field(ge=0, le=2**31, description="of the first repetition, the next has the next")] = 0
+    quick: Annotated[
+        StrictBool, Field(description="a tenth of the work, to see it run: nothing is asserted of its figures")
+    ] = False
+
+
+JobArgs = Annotated[IngestArgs | TrainArgs | EmbedArgs | EvaluateArgs | ExperimentArgs, Field(discriminator="kind")]
 """Every kind of job that a worker of this version runs."""
 
-SubmittableArgs = Annotated[TrainArgs | EmbedArgs | EvaluateArgs, Field(discriminator="kind")]
+SubmittableArgs = Annotated[TrainArgs | EmbedArgs | EvaluateArgs | ExperimentArgs, Field(discriminator="kind")]
 """The kinds that a caller creates with POST /v1/jobs; an ingest job comes with its data set."""
 
-args_adapter: TypeAdapter[IngestArgs | TrainArgs | EmbedArgs | EvaluateArgs] = TypeAdapter(JobArgs)
+args_adapter: TypeAdapter[IngestArgs | TrainArgs | EmbedArgs | EvaluateArgs | ExperimentArgs] = TypeAdapter(JobArgs)
 
-KINDS: Final = ("ingest", "train", "embed", "evaluate")
+KINDS: Final = ("ingest", "train", "embed", "evaluate", "experiment")
 
 
 class Policy(Word):
@@ -134,14 +149,21 @@ POLICIES: Final[dict[str, Policy]] = {
     "train": Policy(lane="train", max_attempts=3, deadline_s=30 * 24 * 3600, unit="steps"),
     "embed": Policy(lane="bulk", max_attempts=5, deadline_s=24 * 3600, unit="samples"),
     "evaluate": Policy(lane="bulk", max_attempts=5, deadline_s=24 * 3600, unit="samples"),
+    # Repeating one is a matter of minutes, and a claim that fails is a result: there is nothing to try again for.
+    "experiment": Policy(lane="train", max_attempts=1, deadline_s=3600, unit="runs"),
 }
 
 
-def cost_of(args: IngestArgs | TrainArgs | EmbedArgs | EvaluateArgs) -> int:
+def cost_of(args: IngestArgs | TrainArgs | EmbedArgs | EvaluateArgs | ExperimentArgs) -> int:
     """Estimate a job's work, for fairness within its lane: thousands of pairs learned, or 1.
 
     What the kinds of the bulk lane cost depends on data that are not counted yet, or that nobody wants to count here.
+    An experiment's is put as thousands of pairs that a small model learns in its time, about 2,000 pairs a second.
     """
+    if isinstance(args, ExperimentArgs):
+        experiment = EXPERIMENTS[args.experiment]
+        seconds = experiment.duration_s * (args.seeds or experiment.seeds) / experiment.seeds
+        return max(1, round(2 * seconds * (0.1 if args.quick else 1)))
     if not isinstance(args, TrainArgs):
         return 1
     budget = args.recipe.budget or Budget()
@@ -209,8 +231,21 @@ class EvaluateResult(Word):
     summary: dict[str, float]
 
 
-JobResult = Annotated[IngestResult | TrainResult | EmbedResult | EvaluateResult, Field(discriminator="kind")]
-result_adapter: TypeAdapter[IngestResult | TrainResult | EmbedResult | EvaluateResult] = TypeAdapter(JobResult)
+class ExperimentResult(Word):
+    """A report, `report.json` and `report.html` among the job's files. A claim that fails is a job that succeeded."""
+
+    kind: Literal["experiment"] = "experiment"
+    artifact: str
+    verdict: Verdict
+    summary: Annotated[dict[str, float], Field(description="figure -> its mean over the seeds")]
+
+
+JobResult = Annotated[
+    IngestResult | TrainResult | EmbedResult | EvaluateResult | ExperimentResult, Field(discriminator="kind")
+]
+result_adapter: TypeAdapter[IngestResult | TrainResult | EmbedResult | EvaluateResult | ExperimentResult] = TypeAdapter(
+    JobResult
+)
 
 
 def status_of(state: State, *, cancel_requested: bool) -> Status:

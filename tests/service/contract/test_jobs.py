@@ -19,7 +19,7 @@ from service.contract.jobs import (
     status_of,
 )
 
-FROZEN = ("ingest", "train", "embed", "evaluate")
+FROZEN = ("ingest", "train", "embed", "evaluate", "experiment")
 """Append only: rows with these words are worked years from now."""
 
 
