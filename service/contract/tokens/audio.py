@@ -12,7 +12,7 @@ So a recording made louder or softer gives the same tokens, each window stands o
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Final
@@ -41,12 +41,18 @@ class Analysis:
     bands: Bands
 
 
+Cut = Callable[[Float32[np.ndarray, " sample"], AudioTokens], list[Float32[np.ndarray, " sample"]]]
+
+
 def tokens(
-    blocks: Iterable[Float32[np.ndarray, " sample"]], sample_rate: int, config: AudioTokens
+    blocks: Iterable[Float32[np.ndarray, " sample"]], sample_rate: int, config: AudioTokens, cut: Cut | None = None
 ) -> list[Float32[np.ndarray, "token value"]]:
-    """Resample, cut the windows, and turn each into one sequence; a clip shorter than a window gives a shorter one."""
+    """Resample, cut the windows, and turn each into one sequence; a clip shorter than a window gives a shorter one.
+
+    A training run may cut the windows in its own way.
+    """
     wave = _resampled(blocks, sample_rate, config.sample_rate)
-    return [window_tokens(window, config) for window in windows(wave, config)]
+    return [window_tokens(window, config) for window in (windows if cut is None else cut)(wave, config)]
 
 
 def _resampled(
@@ -65,14 +71,17 @@ def _resampled(
 def windows(wave: Float32[np.ndarray, " sample"], config: AudioTokens) -> list[Float32[np.ndarray, " sample"]]:
     """Cut the centre window, or `windows` of them spread evenly from the first sample to the last."""
     length = round(config.sample_rate * config.window_s)
-    spare = len(wave) - length
+    return [wave[start : start + length] for start in window_starts(len(wave), config)]
+
+
+def window_starts(num_samples: int, config: AudioTokens) -> list[int]:
+    """Return the first sample of each window."""
+    spare = num_samples - round(config.sample_rate * config.window_s)
     if spare <= 0:
-        return [wave]
+        return [0]
     if config.windows == 1:
-        starts = [spare // 2]
-    else:
-        starts = sorted({round(spare * at / (config.windows - 1)) for at in range(config.windows)})
-    return [wave[start : start + length] for start in starts]
+        return [spare // 2]
+    return sorted({round(spare * at / (config.windows - 1)) for at in range(config.windows)})
 
 
 def window_tokens(window: Float32[np.ndarray, " sample"], config: AudioTokens) -> Float32[np.ndarray, "token value"]:

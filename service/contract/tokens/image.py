@@ -5,6 +5,7 @@ The tower scales and centres them as its fixed first step, so a token is what th
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import assert_never
 
 import numpy as np
@@ -18,10 +19,16 @@ REDUCING_GAP = (
     3.0  # shrink by whole factors first while three times the target is left: fast, and no visible difference
 )
 
+Box = tuple[float, float, float, float]
+Fit = Callable[[Image.Image, ImageTokens], Image.Image]
 
-def draft_side(config: ImageTokens) -> int:
-    """Return the least side, in pixels, at which a large JPEG may be decoded; the resize sees it at double the size."""
-    return 2 * config.size
+
+def draft_side(config: ImageTokens, zoom: float = 1.0) -> int:
+    """Return the least side, in pixels, at which a large JPEG may be decoded; the resize sees it at double the size.
+
+    `zoom` is how much of the side is cut away before.
+    """
+    return round(2 * config.size * zoom)
 
 
 def from_pixels(pixels: UInt8[np.ndarray, "height width *channel"]) -> Image.Image:
@@ -38,13 +45,13 @@ def from_pixels(pixels: UInt8[np.ndarray, "height width *channel"]) -> Image.Ima
             raise Invalid(f"pixels have shape (height, width) or (height, width, 1, 3 or 4), not {shape}")
 
 
-def patches(picture: Image.Image, config: ImageTokens) -> UInt8[np.ndarray, "token value"]:
+def patches(picture: Image.Image, config: ImageTokens, fit: Fit | None = None) -> UInt8[np.ndarray, "token value"]:
     """Resize (bicubic) and cut, row by row; a token is (row, column, channel) of its patch, flattened.
 
     Transparency is laid over white, `pad` fills with black, and grey is the luma of ITU-R 601-2. Expects mode L, RGB or
-    RGBA.
+    RGBA. A training run may pass a `fit` of its own in place of `fitted_to`.
     """
-    fitted = _fitted(picture, config)
+    fitted = fitted_to(picture, config) if fit is None else fit(picture, config)
     if fitted.mode == "RGBA":
         # After the resize, which premultiplies: the same picture as before it, for a fraction of the memory.
         fitted = Image.alpha_composite(Image.new("RGBA", fitted.size, "white"), fitted).convert("RGB")
@@ -58,23 +65,32 @@ def patches(picture: Image.Image, config: ImageTokens) -> UInt8[np.ndarray, "tok
     return np.ascontiguousarray(grid.transpose(0, 2, 1, 3, 4)).reshape(side * side, config.dim)
 
 
-def _fitted(picture: Image.Image, config: ImageTokens) -> Image.Image:
+def fitted_to(picture: Image.Image, config: ImageTokens, box: Box | None = None) -> Image.Image:
+    """Resize what lies in a box of the picture; by default all of it, or for `crop` its centre square.
+
+    The box fills the whole of `size`, but for `pad`, which keeps the shape of what it holds.
+    """
     width, height = picture.size
     size = (config.size, config.size)
-    box = (0.0, 0.0, float(width), float(height))
+    box = box or whole_box(width, height, config)
+    if config.resize == "pad":
+        left, top, right, bottom = box
+        scale = config.size / max(right - left, bottom - top)
+        size = (max(1, round((right - left) * scale)), max(1, round((bottom - top) * scale)))
+    return picture.resize(size, Image.Resampling.BICUBIC, box=box, reducing_gap=REDUCING_GAP)
+
+
+def whole_box(width: int, height: int, config: ImageTokens) -> Box:
+    """Return the part of a picture that is looked at: left, top, right, bottom in pixels."""
     match config.resize:
-        case "squash":
-            pass
+        case "squash" | "pad":
+            return (0.0, 0.0, float(width), float(height))
         case "crop":
             short = min(width, height)
             left, top = (width - short) / 2, (height - short) / 2
-            box = (left, top, left + short, top + short)
-        case "pad":
-            scale = config.size / max(width, height)
-            size = (max(1, round(width * scale)), max(1, round(height * scale)))
+            return (left, top, left + short, top + short)
         case _:
             assert_never(config.resize)
-    return picture.resize(size, Image.Resampling.BICUBIC, box=box, reducing_gap=REDUCING_GAP)
 
 
 def ready(values: np.ndarray, config: ImageTokens) -> UInt8[np.ndarray, "token value"]:

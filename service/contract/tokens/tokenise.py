@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import assert_never, final
+from typing import Final, assert_never, final
 
 import numpy as np
 from jaxtyping import Float32, UInt8
@@ -61,6 +61,19 @@ class ReadyRaw:
 
 
 Raw = TextRaw | EncodedRaw | PixelsRaw | WaveRaw | ReadyRaw
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """How a training run alters an item between its decoding and its tokens; where it says None nothing is altered."""
+
+    fit: image.Fit | None = None
+    zoom: float = 1.0
+    """At most this many times larger than by default does `fit` show a part of a picture."""
+    cut: audio.Cut | None = None
+
+
+UNCHANGED: Final = Change()
 Sequences = list[np.ndarray]
 """Usually one sequence, several for windowed sound: ids int32 (token,), or uint8 or float32 (token, value)."""
 
@@ -74,19 +87,21 @@ class Tokeniser:
         self.limits = limits
         self.vocabulary = vocabulary
 
-    def __call__(self, raw: Raw, *, truncate: bool = False) -> Sequences:
+    def __call__(self, raw: Raw, *, truncate: bool = False, change: Change = UNCHANGED) -> Sequences:
         """Tokenise one item; `truncate` cuts text and ready sequences that are too long instead of refusing them.
+
+        `change` acts on encoded media, which are decoded here.
 
         Raises Invalid, or UnsupportedMedia for files of a kind that we do not read.
         """
         config = self.config
         match config:
             case ImageTokens():
-                return [self._image(raw, config)]
+                return [self._image(raw, config, change)]
             case TextTokens():
                 return [self._text(raw, config, truncate=truncate)]
             case AudioTokens():
-                return self._audio(raw, config)
+                return self._audio(raw, config, change)
             case DiscreteTokens():
                 return [sequence.discrete(_values(raw, "ids"), config, truncate=truncate)]
             case ContinuousTokens():
@@ -101,10 +116,11 @@ class Tokeniser:
             return self.vocabulary.size
         return self.config.vocab if isinstance(self.config, DiscreteTokens) else None
 
-    def _image(self, raw: Raw, config: ImageTokens) -> np.ndarray:
+    def _image(self, raw: Raw, config: ImageTokens, change: Change) -> np.ndarray:
         match raw:
             case EncodedRaw(data):
-                return image.patches(decode.picture(data, self.limits, draft=image.draft_side(config)), config)
+                draft = image.draft_side(config, change.zoom)
+                return image.patches(decode.picture(data, self.limits, draft=draft), config, change.fit)
             case PixelsRaw(array):
                 picture = image.from_pixels(array)
                 decode.check_pixels(*picture.size, self.limits)
@@ -128,11 +144,11 @@ class Tokeniser:
             case _:
                 assert_never(raw)
 
-    def _audio(self, raw: Raw, config: AudioTokens) -> Sequences:
+    def _audio(self, raw: Raw, config: AudioTokens, change: Change) -> Sequences:
         match raw:
             case EncodedRaw(data):
                 sound = decode.sound(data, self.limits)
-                return audio.tokens(sound.blocks, sound.sample_rate, config)
+                return audio.tokens(sound.blocks, sound.sample_rate, config, change.cut)
             case WaveRaw(array, sample_rate):
                 return audio.tokens(_wave_blocks(array, sample_rate, self.limits), sample_rate, config)
             case ReadyRaw(array):
