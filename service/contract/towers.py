@@ -10,6 +10,7 @@ from typing import Annotated, Any, Final, Literal, cast
 
 from pydantic import Field, StrictBool, StrictInt, model_validator
 
+from service.contract.errors import Invalid
 from service.contract.modality import AudioTokens, ImageTokens, TokeniserConfig
 from service.contract.word import Id, ModalityName, Real, Word
 
@@ -147,3 +148,24 @@ class Tower(Word):
             msg = f"augment of kind {self.augment.kind!r} does not fit {self.tokens.kind}: use {wanted!r}"
             raise ValueError(msg)
         return self
+
+
+def check_start(tower: Tower, dimensions: int, start: Tower, start_dimensions: int) -> None:
+    """Check that a tower can start from another: what decides the shape and the meaning of its weights is the same.
+
+    Dropout and what learns may differ, and the dimensions of the space unless the tower is locked. Raises Invalid
+    (`start_differs`), naming the field and both values.
+    """
+    wanted, found = _shape(tower), _shape(start)
+    if tower.locked:  # a read-out that is drawn anew would never learn
+        wanted["dimensions"], found["dimensions"] = dimensions, start_dimensions
+    for name in dict.fromkeys((*wanted, *found)):
+        if wanted.get(name) != found.get(name):
+            message = f"{name} is {wanted.get(name)} here and {found.get(name)} in the model to start from"
+            raise Invalid(message, code="start_differs")
+
+
+def _shape(tower: Tower) -> dict[str, Any]:
+    fields = {"width", "depth", "heads", "mlp_ratio", "positions", "pooling"}
+    tokens = {f"tokens.{name}": value for name, value in tower.tokens.model_dump().items()}
+    return tokens | tower.model_dump(include=fields)

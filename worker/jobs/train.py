@@ -4,7 +4,8 @@ Where a run starts:
 1. At the newest checkpoint of this job that is whole, matches its digests and is of this recipe and these data (an
    earlier attempt was interrupted, or its worker died), with that checkpoint's tokenisers.
 2. At the next older one, if that is damaged or gone.
-3. From scratch: tokenisers trained on the captions, weights drawn from the seed, vectors measured.
+3. From scratch: tokenisers trained on the captions, weights drawn from the seed, vectors measured; or, for a tower with
+   `init_from`, all three taken from another model's.
 All three lead to the same weights, bit for bit on the CPU.
 """
 
@@ -23,8 +24,9 @@ from service.contract.recipe import Budget, Optimiser, pair_name
 from worker.learning import bank, checkpoints, data, losses, optim
 from worker.learning.checkpoints import Checkpoints, Position
 from worker.learning.device import be_deterministic, blaming, choose_device, precision_of
+from worker.learning.finetuning import build_learner, inherited, published, read_donors, take_over, tokenisers_of
 from worker.learning.heldout import final_metrics
-from worker.learning.model import MultiTower, build_tokenisers, save_model, vocab_sizes
+from worker.learning.model import build_tokenisers, save_model, vocab_sizes
 
 if TYPE_CHECKING:
     from worker.runner import Context
@@ -54,14 +56,15 @@ def run(args: TrainArgs, ctx: Context) -> TrainResult:  # noqa: PLR0915 - one lo
         for name, dataset in datasets.items()
     }
     start = checkpoints.find(ctx, recipe, learned_from)
-    files = start.tokeniser_files if start else data.train_tokenisers(recipe, datasets)
+    donors = {} if start else read_donors(recipe, ctx)
+    files = start.tokeniser_files if start else data.train_tokenisers(recipe, datasets) | tokenisers_of(donors)
     tokenisers = build_tokenisers(recipe, files)
     pairs = data.open_pairs(recipe, datasets, tokenisers, budget.batch_size)
     names = [pair_name(*pair.modalities) for pair in recipe.pairs]
 
     # Model and optimiser
     torch.manual_seed(recipe.seed)
-    model = MultiTower(recipe, vocab_sizes(recipe, tokenisers)).to(device)
+    model = build_learner(recipe, vocab_sizes(recipe, tokenisers)).to(device)
     optimiser = optim.build(optimiser_config, model.named_parameters())
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
 
@@ -76,10 +79,13 @@ def run(args: TrainArgs, ctx: Context) -> TrainResult:  # noqa: PLR0915 - one lo
         position = start.position.model_copy(update={"environment": environment})
         metrics |= start.metrics
     else:
-        data.measure(model, pairs)
-        position = Position(drawn=[0] * len(pairs), environment=environment)
-    saved = Checkpoints(ctx, recipe, files, learned_from, start)
-    del start  # its tensors
+        take_over(model, donors, ctx)
+        data.measure(model, pairs, donors)
+        init_from = {name: donor.origin for name, donor in donors.items()}
+        position = Position(drawn=[0] * len(pairs), environment=environment, init_from=init_from)
+    known_data = inherited(position.init_from) | learned_from
+    saved = Checkpoints(ctx, recipe, files, known_data, start)
+    del start, donors  # their tensors
 
     # The loop
     log_time, log_step = time.monotonic(), position.step
@@ -133,7 +139,8 @@ def run(args: TrainArgs, ctx: Context) -> TrainResult:  # noqa: PLR0915 - one lo
 
         # The bridge bank and the model, with the final weights
         model.eval()
-        encoder = data.Encoder(model, device, lambda _: ctx.check())
+        final = published(model, recipe, vocab_sizes(recipe, tokenisers))
+        encoder = data.Encoder(final, device, lambda _: ctx.check())
         banks = bank.draw_banks(encoder, recipe, pairs)
         metrics |= final_metrics(encoder, pairs)
         metrics["trained_s"] = position.trained_s
@@ -144,12 +151,17 @@ def run(args: TrainArgs, ctx: Context) -> TrainResult:  # noqa: PLR0915 - one lo
     model_id = "model_" + ctx.job.partition("_")[2]
     folder = ctx.scratch / "model"
     body = save_model(
-        model,
+        final,
         folder,
         recipe=recipe,
         tokeniser_files=files,
         banks=banks,
-        extra={"step": position.step, "metrics": metrics, "data": learned_from},
+        extra={
+            "step": position.step,
+            "metrics": metrics,
+            "data": known_data,
+            "init_from": {name: origin.model_dump(exclude={"data"}) for name, origin in position.init_from.items()},
+        },
     )
     manifest = ctx.store.publish(folder, f"models/{model_id}/{ctx.epoch}", kind="model", id=model_id, body=body)
     return TrainResult(

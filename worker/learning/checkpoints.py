@@ -31,6 +31,7 @@ from service.contract.errors import Invalid, NotFound, Permanent, Unavailable
 from service.contract.manifest import code_version
 from service.contract.recipe import Budget, Recipe
 from service.contract.word import Word
+from worker.learning.finetuning import Origin, build_learner
 from worker.learning.model import MultiTower, build_tokenisers, read_tokenisers, save_model, vocab_sizes
 from worker.learning.tensors import save_tensors
 
@@ -65,6 +66,9 @@ class Position(Word):
     )
     trained_s: float = Field(default=0.0, description="seconds spent in steps, all attempts together")
     environment: dict[str, str | int]
+    init_from: dict[str, Origin] = Field(
+        default_factory=dict[str, Origin], description="where towers come from that did not start from the seed"
+    )
 
 
 @final
@@ -138,7 +142,7 @@ def _read(ctx: Context, key: str, recipe: Recipe, data: Mapping[str, Mapping[str
     files = read_tokenisers(folder / "model")
     weights = load_file(folder / "model" / "model.safetensors")
     with torch.device("meta"):
-        expected = MultiTower(recipe, vocab_sizes(recipe, build_tokenisers(recipe, files))).state_dict()
+        expected = build_learner(recipe, vocab_sizes(recipe, build_tokenisers(recipe, files))).state_dict()
     if {name: value.shape for name, value in weights.items()} != {name: x.shape for name, x in expected.items()}:
         raise Permanent(f"its model was built by another version: {manifest.code_version}")
     return Start(

@@ -1,7 +1,8 @@
 """The model: {modality: tokens} -> {modality: unit vectors}, and its life as a directory (safetensors, never pickle).
 
     recipe.json             verbatim
-    model.safetensors       weights, the towers' fixed first steps included
+    model.safetensors       weights, the towers' fixed first steps included; low-rank updates are merged into their
+                            matrices, but in a checkpoint, which holds their factors
     tokenizers/<m>.json     of each modality that is text
     bank.safetensors        the bridge bank: `a+b/m/vectors` (bridge, dim); if items are kept also `a+b/m/values`,
                             `a+b/m/lengths` and, where an item is several sequences, `a+b/m/owners`
@@ -33,6 +34,7 @@ from worker.learning import towers
 from worker.learning.device import Precision
 from worker.learning.ragged import Ragged
 from worker.learning.tensors import save_tensors
+from worker.learning.towers import lora
 
 
 @final
@@ -59,7 +61,7 @@ class MultiTower(nn.Module):
         }
         for name, tower in self.towers.items():
             # Not a ModuleDict: it refuses the names of its own methods, and a modality may be called `type`.
-            self.add_module(f"tower_{name}", tower)
+            self.add_module(prefix_of(name).removesuffix("."), tower)
         losses = {pair_name(*pair.modalities): recipe.loss_of(pair) for pair in recipe.pairs}
         self.log_scales = nn.ParameterDict(
             {
@@ -137,6 +139,20 @@ def vocab_sizes(recipe: Recipe, tokenisers: Mapping[str, Tokeniser]) -> dict[str
     return {name: size for name, size in sizes.items() if size is not None}
 
 
+def prefix_of(modality: str) -> str:
+    """Return what the names of a tower's weights begin with."""
+    return f"tower_{modality}."
+
+
+def merged(weights: Mapping[str, Tensor], recipe: Recipe) -> dict[str, Tensor]:
+    """Return a model's weights as they are served: with every low-rank update added to its matrix."""
+    found = dict(weights)
+    for name, tower in recipe.towers.items():
+        if tower.lora is not None:
+            found = lora.merged(found, prefix_of(name), tower.lora)
+    return found
+
+
 def save_model(
     model: MultiTower,
     folder: Path,
@@ -180,7 +196,7 @@ def load_model(folder: Path, device: str | torch.device) -> Loaded:
     recipe = Recipe.model_validate_json((folder / "recipe.json").read_text(encoding="utf-8"))
     tokenisers = build_tokenisers(recipe, read_tokenisers(folder))
     model = MultiTower(recipe, vocab_sizes(recipe, tokenisers))
-    model.load_state_dict(load_file(folder / "model.safetensors"))
+    model.load_state_dict(merged(load_file(folder / "model.safetensors"), recipe))
     model.to(device).eval().requires_grad_(requires_grad=False)
     bank_file = folder / "bank.safetensors"
     flat = load_file(bank_file, device=str(device)) if bank_file.exists() else {}
