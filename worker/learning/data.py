@@ -24,7 +24,7 @@ from worker.learning.device import precision_of
 from worker.learning.ragged import Ragged
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Container, Generator, Iterator, Mapping, Sequence
 
     from jaxtyping import Float, Int64
     from torch import Tensor
@@ -188,10 +188,13 @@ def batches(pairs: Sequence[PairData], drawn: Sequence[int]) -> Generator[tuple[
 
 
 def train_tokenisers(recipe: Recipe, datasets: Mapping[str, Dataset]) -> dict[str, dict[str, bytes]]:
-    """Train the tokeniser of each text modality on the captions of its training samples; return its files."""
+    """Train the tokeniser of each text modality on the captions of its training samples; return its files.
+
+    A tower that starts from another one keeps the tokeniser of that.
+    """
     files: dict[str, dict[str, bytes]] = {}
     for modality, tower in sorted(recipe.towers.items()):
-        if isinstance(tower.tokens, TextTokens):
+        if isinstance(tower.tokens, TextTokens) and tower.init_from is None:
             names = dict.fromkeys(pair.dataset for pair in recipe.pairs if modality in pair.modalities)
             files[modality] = text.train(_captions(modality, [datasets[name].samples for name in names]), tower.tokens)
     return files
@@ -204,9 +207,14 @@ def _captions(modality: str, all_samples: Sequence[Samples]) -> Iterator[str]:
                 yield samples.payload(modality, index).decode()
 
 
-def measure(model: MultiTower, pairs: Sequence[PairData]) -> None:
-    """Measure the mean and deviation of each tower that reads sound or the caller's vectors, on training samples."""
+def measure(model: MultiTower, pairs: Sequence[PairData], passed_over: Container[str] = ()) -> None:
+    """Measure the mean and deviation of each tower that reads sound or the caller's vectors, on training samples.
+
+    Those that are passed over know theirs already, from the model that they start from.
+    """
     for modality, tower in model.towers.items():
+        if modality in passed_over:
+            continue
         sources = [
             (source, pair)
             for pair in pairs
