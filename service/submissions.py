@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from contextlib import suppress
 from typing import Annotated, Any, Final, assert_never
 
 import sqlalchemy as sa
-from pydantic import Field, StrictInt, StringConstraints
+from pydantic import Field, StrictInt, StringConstraints, ValidationError
 
-from service.contract.errors import Invalid
-from service.contract.jobs import EmbedArgs, EvaluateArgs, TrainArgs
+from service.catalogue import Catalogue
+from service.contract.errors import Invalid, NotFound
+from service.contract.jobs import EmbedArgs, EvaluateArgs, ExperimentArgs, TrainArgs
 from service.contract.modality import medium_of
 from service.contract.recipe import Recipe
 from service.contract.references import resolve_model
 from service.contract.tables import dataset, model, owned
+from service.contract.towers import Tower, check_start
 from service.contract.word import Moment, Name, Word
 
 MetadataKey = Annotated[str, StringConstraints(strict=True, min_length=1, max_length=64)]
@@ -43,7 +47,14 @@ class SubmitEvaluate(EvaluateArgs, Submission):
     name: Name | None = None
 
 
-AnySubmission = SubmitTrain | SubmitEmbed | SubmitEvaluate
+class SubmitExperiment(ExperimentArgs, Submission):
+    """Check a claim of a paper; the report is among the job's files."""
+
+    name: Name | None = None
+
+
+AnySubmission = SubmitTrain | SubmitEmbed | SubmitEvaluate | SubmitExperiment
+Starts = Mapping[str, Mapping[str, Any]]
 EXAMPLES: Final[dict[str, Any]] = {
     "train": {
         "value": {
@@ -60,10 +71,11 @@ EXAMPLES: Final[dict[str, Any]] = {
     },
     "embed": {"value": {"kind": "embed", "model": "digits", "dataset": "ds_...", "modality": "image"}},
     "evaluate": {"value": {"kind": "evaluate", "model": "digits", "datasets": ["ds_..."]}},
+    "experiment": {"value": {"kind": "experiment", "experiment": "square-loss"}},
 }
 
 
-def args_of(body: AnySubmission) -> TrainArgs | EmbedArgs | EvaluateArgs:
+def args_of(body: AnySubmission) -> TrainArgs | EmbedArgs | EvaluateArgs | ExperimentArgs:
     """Return the arguments alone: what a worker reads and nobody's metadata."""
     match body:
         case SubmitTrain():
@@ -72,15 +84,35 @@ def args_of(body: AnySubmission) -> TrainArgs | EmbedArgs | EvaluateArgs:
             return EmbedArgs.model_validate(body.model_dump(include=set(EmbedArgs.model_fields)))
         case SubmitEvaluate():
             return EvaluateArgs.model_validate(body.model_dump(include=set(EvaluateArgs.model_fields)))
+        case SubmitExperiment():
+            return ExperimentArgs.model_validate(body.model_dump(include=set(ExperimentArgs.model_fields)))
         case _:
             assert_never(body)
 
 
-def check_fit(conn: sa.Connection, tenant: str, args: TrainArgs | EmbedArgs | EvaluateArgs) -> None:
-    """Refuse now what could only fail later: a data set or model without the modality that is asked of it."""
+async def find_starts(catalogue: Catalogue, tenant: str, body: AnySubmission) -> Starts:
+    """Read what the towers of a recipe start from, by the name that the recipe gives; the queue refuses what is not.
+
+    Raises Unavailable if neither the database nor this process knows.
+    """
+    found: dict[str, Mapping[str, Any]] = {}
+    for tower in body.recipe.towers.values() if isinstance(body, SubmitTrain) else ():
+        if tower.init_from is not None:
+            with suppress(NotFound):
+                found[tower.init_from.model] = (await catalogue.find(tenant, tower.init_from.model)).body
+    return found
+
+
+def check_fit(conn: sa.Connection, tenant: str, args: TrainArgs | EmbedArgs | EvaluateArgs, starts: Starts) -> None:
+    """Refuse now what could only fail later.
+
+    That is a data set or model without the modality that is asked of it, or a tower that cannot start from the one it
+    names; `starts` holds the manifests' bodies of those.
+    """
     match args:
         case TrainArgs():
             _check_recipe(conn, tenant, args.recipe)
+            _check_starts(args.recipe, starts)
         case EmbedArgs():
             if "@" not in args.model:
                 found = resolve_model(conn, tenant, args.model)
@@ -90,7 +122,7 @@ def check_fit(conn: sa.Connection, tenant: str, args: TrainArgs | EmbedArgs | Ev
             known = _media(conn, tenant, args.dataset)
             if known is not None and args.modality not in known:
                 raise Invalid(f"the data set has {', '.join(known)}", param="modality")
-        case EvaluateArgs():
+        case EvaluateArgs() | ExperimentArgs():
             pass
         case _:
             assert_never(args)
@@ -108,6 +140,24 @@ def _check_recipe(conn: sa.Connection, tenant: str, recipe: Recipe) -> None:
             wanted = medium_of(recipe.towers[modality].tokens)
             if known[modality] != wanted:
                 raise Invalid(f"{modality!r} is {known[modality]} in the data set, the tower reads {wanted}", param=at)
+
+
+def _check_starts(recipe: Recipe, starts: Starts) -> None:
+    for name, tower in recipe.towers.items():
+        if tower.init_from is None or (body := starts.get(tower.init_from.model)) is None:
+            continue
+        modality = tower.init_from.modality or name
+        towers = body["recipe"]["towers"]
+        if modality not in towers:
+            at = f"recipe.towers.{name}.init_from.modality"
+            raise Invalid(f"the model has no modality {modality!r}; it has {', '.join(sorted(towers))}", param=at)
+        try:
+            check_start(tower, recipe.dimensions, Tower.model_validate(towers[modality]), body["dimensions"])
+        except ValidationError:
+            message = "the model was made by another version of this service"
+            raise Invalid(message, param=f"recipe.towers.{name}.init_from.model") from None
+        except Invalid as error:
+            raise error.at(f"recipe.towers.{name}") from None
 
 
 def _media(conn: sa.Connection, tenant: str, dataset_id: str) -> dict[str, str] | None:

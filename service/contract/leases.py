@@ -321,8 +321,9 @@ def _claim_of(row: picking.Picked) -> Claim:
 
 
 def _with_inputs(conn: sa.Connection, found: Claim) -> tuple[Claim, RequestError | None]:
+    resume = conn.execute(_RESUME, {"job_id": found.id}).scalars().all() if isinstance(found.args, TrainArgs) else ()
     try:
-        inputs = references.resolve(conn, found.tenant_id, found.args)
+        inputs = references.resolve(conn, found.tenant_id, found.args, resumes=bool(resume))
     except RequestError as error:
         return found, error
     # An alias may have moved since the job was enqueued: what is read now must not be deleted either.
@@ -330,7 +331,6 @@ def _with_inputs(conn: sa.Connection, found: Claim) -> tuple[Claim, RequestError
     if new := {references.row_of(used) for used in inputs.values()} - known:
         at = {"job_id": found.id, "tenant_id": found.tenant_id}
         conn.execute(sa.insert(job_input), [{**at, "ref": ref} for ref in sorted(new)])
-    resume = conn.execute(_RESUME, {"job_id": found.id}).scalars().all() if isinstance(found.args, TrainArgs) else ()
     return replace(found, inputs=inputs, resume=list(resume)), None
 
 

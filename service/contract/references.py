@@ -10,10 +10,10 @@ from typing import Final, Protocol, assert_never
 import sqlalchemy as sa
 
 from service.contract.errors import Conflict, Invalid, NotFound, RequestError
-from service.contract.jobs import EmbedArgs, EvaluateArgs, IngestArgs, Input, TrainArgs
+from service.contract.jobs import EmbedArgs, EvaluateArgs, ExperimentArgs, IngestArgs, Input, TrainArgs
 from service.contract.tables import alias, checkpoint, dataset, job, job_input, model
 
-Args = IngestArgs | TrainArgs | EmbedArgs | EvaluateArgs
+Args = IngestArgs | TrainArgs | EmbedArgs | EvaluateArgs | ExperimentArgs
 
 
 _DATASET: Final = sa.select(dataset.c.id, dataset.c.state, dataset.c.artifact, dataset.c.digest).where(
@@ -84,14 +84,22 @@ def resolve_model(conn: sa.Connection, tenant: str, ref: str, *, hold: bool = Fa
     return Input(artifact=row.artifact, digest=row.digest, id=row.id, kind="model")
 
 
-def resolve(conn: sa.Connection, tenant: str, args: Args) -> dict[str, Input]:
+def resolve(conn: sa.Connection, tenant: str, args: Args, *, resumes: bool = False) -> dict[str, Input]:
     """Find and hold everything that a job reads, by the name its caller gave it.
+
+    A train job that `resumes` from a checkpoint of its own has what it started from in there: a model that is gone
+    meanwhile, as a checkpoint or an alias can be, is left out.
 
     Raises NotFound, Conflict or Invalid, naming what cannot be read.
     """
     found: dict[str, Input] = {}
-    if isinstance(args, EmbedArgs | EvaluateArgs):
-        found[args.model] = _at("model", resolve_model, conn, tenant, args.model)
+    for place, ref in _models_of(args):
+        if ref not in found:
+            try:
+                found[ref] = _at(place, resolve_model, conn, tenant, ref)
+            except NotFound:
+                if not (resumes and isinstance(args, TrainArgs)):
+                    raise
     datasets: dict[str, Input] = {}
     for place, ref in _datasets_of(args):
         if ref not in datasets:
@@ -99,9 +107,25 @@ def resolve(conn: sa.Connection, tenant: str, args: Args) -> dict[str, Input]:
     return found | datasets
 
 
+def _models_of(args: Args) -> list[tuple[str, str]]:
+    match args:
+        case IngestArgs() | ExperimentArgs():
+            return []
+        case TrainArgs():
+            return [
+                (f"recipe.towers.{name}.init_from.model", tower.init_from.model)
+                for name, tower in args.recipe.towers.items()
+                if tower.init_from is not None
+            ]
+        case EmbedArgs() | EvaluateArgs():
+            return [("model", args.model)]
+        case _:
+            assert_never(args)
+
+
 def _datasets_of(args: Args) -> list[tuple[str, str]]:
     match args:
-        case IngestArgs():
+        case IngestArgs() | ExperimentArgs():
             return []
         case TrainArgs():
             return [(f"recipe.pairs[{index}].dataset", pair.dataset) for index, pair in enumerate(args.recipe.pairs)]

@@ -37,7 +37,7 @@ from service.resources import (
     job_of,
     select_jobs,
 )
-from service.submissions import EXAMPLES, AnySubmission, SubmitTrain, args_of, check_fit
+from service.submissions import EXAMPLES, AnySubmission, SubmitTrain, args_of, check_fit, find_starts
 
 router = APIRouter(tags=["jobs"], prefix="/v1/jobs", route_class=StrictRoute)
 
@@ -68,12 +68,13 @@ async def create(
     if isinstance(body, SubmitTrain) and body.name is not None:
         check_alias(body.name, param="name")
     digest = idempotency.fingerprint("POST", "/v1/jobs", body.model_dump(mode="json"))
+    starts = await find_starts(service.catalogue, tenant, body)
 
     def work(conn: sa.Connection) -> Answer:
         if (first := idempotency.replay(conn, tenant, key, digest)) is not None:
             return first
         args = args_of(body)
-        check_fit(conn, tenant, args)
+        check_fit(conn, tenant, args, starts)
         public_id = queue.enqueue(
             conn,
             tenant=tenant,
@@ -99,7 +100,7 @@ async def list_jobs(
     service: Running,
     caller: Reader,
     page: WantedPage,
-    kind: Literal["ingest", "train", "embed", "evaluate"] | None = None,
+    kind: Literal["ingest", "train", "embed", "evaluate", "experiment"] | None = None,
     status: Literal["queued", "running", "cancelling", "succeeded", "failed", "cancelled"] | None = None,
     name: Annotated[Name | None, Query()] = None,
 ) -> JobList:
