@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Final, Literal
 
-from pydantic import Field, StrictBool, StrictInt, TypeAdapter, field_validator
+from pydantic import Field, StrictBool, StrictInt, TypeAdapter, field_validator, model_validator
 from typing_extensions import TypedDict
 
 from service.contract.experiments import EXPERIMENTS, ExperimentName, Verdict
@@ -76,8 +76,29 @@ class EmbedArgs(Word):
     batch_size: Annotated[StrictInt, Field(ge=1, le=65_536)] = 256
 
 
+Part = Literal[
+    "retrieval",
+    "zero_shot",
+    "prompt_curve",
+    "certificate",
+    "calibration",
+    "linear_probe",
+    "geometry",
+    "margins",
+    "completeness",
+]
+"""What an evaluation measures; docs/evaluation.md says what each of them is."""
+
+_READ_BY: Final[dict[str, tuple[Part, ...]]] = {
+    "ks": ("retrieval", "zero_shot", "certificate"),
+    "prompts": ("zero_shot", "prompt_curve", "certificate", "calibration"),
+    "max_prompts": ("zero_shot", "prompt_curve", "certificate", "calibration"),
+    "bins": ("calibration", "margins"),
+}
+
+
 class EvaluateArgs(Word):
-    """Measure a model on held-out data: recall@k for every pair, zero-shot accuracy for every labelled modality."""
+    """Measure a model on held-out data: retrieval, zero-shot classification, and how far both can be trusted."""
 
     kind: Literal["evaluate"] = "evaluate"
     model: Annotated[Id, Field(description="a model's id or alias, or job_x@latest, job_x@<step>")]
@@ -87,13 +108,29 @@ class EvaluateArgs(Word):
         Field(description="train and all are refused for data the model learned from unless allow_training_data"),
     ] = "holdout"
     allow_training_data: StrictBool = False
+    parts: Annotated[
+        list[Part] | None,
+        Field(description="what to measure; null: all that the data allow", min_length=1, max_length=9),
+    ] = None
     ks: Annotated[
         list[Annotated[StrictInt, Field(ge=1, le=1000)]] | None,
-        Field(description="the k of recall@k; null: 1, 5, 10", min_length=1, max_length=10),
+        Field(
+            description="the k of recall@k, of zero-shot top-k and of its certificate; null: 1, 5, 10",
+            min_length=1,
+            max_length=10,
+        ),
     ] = None
     prompts: Annotated[
         dict[Text, list[Text]] | None,
         Field(description="label -> prompts for zero-shot; null: the captions of the label's training samples"),
+    ] = None
+    max_prompts: Annotated[
+        StrictInt | None,
+        Field(description="prompts per label, drawn from its training samples; null: 250", ge=1, le=10_000),
+    ] = None
+    bins: Annotated[
+        StrictInt | None,
+        Field(description="of the reliability table and of the histograms of margins; null: 15", ge=2, le=100),
     ] = None
     max_samples: Annotated[StrictInt, Field(ge=2, le=100_000, description="per data set, drawn with the seed")] = 2000
     seed: Annotated[StrictInt, Field(ge=0, le=2**31)] = 0
@@ -108,6 +145,28 @@ class EvaluateArgs(Word):
             msg = f"label {empty[0]!r} has no prompt"
             raise ValueError(msg)
         return prompts
+
+    @field_validator("parts")
+    @classmethod
+    def _every_part_once(cls, parts: list[Part] | None) -> list[Part] | None:
+        if twice := sorted({part for part in parts or [] if parts and parts.count(part) > 1}):
+            msg = f"{twice[0]} is named twice"
+            raise ValueError(msg)
+        return parts
+
+    @model_validator(mode="after")
+    def _fields_fit(self) -> EvaluateArgs:
+        if self.parts and "linear_probe" in self.parts and self.split != "holdout":
+            msg = f"parts: linear_probe learns from split train and is measured on split holdout, not on {self.split}"
+            raise ValueError(msg)
+        if self.prompts is not None and self.max_prompts is not None:
+            msg = "max_prompts limits what is drawn from training samples, and prompts are given"
+            raise ValueError(msg)
+        for name, readers in _READ_BY.items():
+            if self.parts and getattr(self, name) is not None and not set(readers) & set(self.parts):
+                msg = f"{name}: none of the parts reads it; {', '.join(readers)} would"
+                raise ValueError(msg)
+        return self
 
 
 class ExperimentArgs(Word):
@@ -224,7 +283,7 @@ class EmbedResult(Word):
 
 
 class EvaluateResult(Word):
-    """A report, `report.json` among the job's files."""
+    """A report, `report.json` and `report.html` among the job's files."""
 
     kind: Literal["evaluate"] = "evaluate"
     artifact: str

@@ -59,3 +59,29 @@ def test_a_number_is_never_a_string_or_a_truth(number: object) -> None:
 def test_prompts_that_tell_nothing_apart_are_refused(prompts: dict[str, list[str]]) -> None:
     with pytest.raises(ValidationError, match=r"prompt|labels"):
         EvaluateArgs(model="m", datasets=["ds_a"], prompts=prompts)
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"parts": []}, "parts"),
+        ({"parts": ["accuracy"]}, "parts"),
+        ({"parts": ["margins", "margins"]}, "margins is named twice"),
+        ({"parts": ["linear_probe"], "split": "all"}, "parts: linear_probe .* holdout, not on all"),
+        ({"prompts": {"a": ["x"], "b": ["y"]}, "max_prompts": 3}, "max_prompts"),
+        ({"parts": ["margins"], "ks": [1]}, "ks: none of the parts reads it; retrieval, zero_shot, certificate would"),
+        ({"parts": ["retrieval"], "prompts": {"a": ["x"], "b": ["y"]}}, "prompts: none of the parts"),
+        ({"parts": ["geometry"], "max_prompts": 3}, "max_prompts: none of the parts"),
+        ({"parts": ["zero_shot"], "bins": 3}, "bins: none of the parts"),
+        ({"bins": 1}, "bins"),
+        ({"max_prompts": 0}, "max_prompts"),
+    ],
+)
+def test_what_an_evaluation_would_not_read_is_refused_by_name(fields: dict[str, object], said: str) -> None:
+    with pytest.raises(ValidationError, match=said):
+        EvaluateArgs.model_validate({"model": "m", "datasets": ["ds_a"]} | fields)
+
+
+def test_an_evaluation_of_yesterday_is_one_of_today() -> None:
+    args = EvaluateArgs.model_validate({"kind": "evaluate", "model": "m", "datasets": ["ds_a"], "ks": [1, 3]})
+    assert (args.parts, args.max_prompts, args.bins) == (None, None, None)
