@@ -103,7 +103,9 @@ async def find_starts(catalogue: Catalogue, tenant: str, body: AnySubmission) ->
     return found
 
 
-def check_fit(conn: sa.Connection, tenant: str, args: TrainArgs | EmbedArgs | EvaluateArgs, starts: Starts) -> None:
+def check_fit(
+    conn: sa.Connection, tenant: str, args: TrainArgs | EmbedArgs | EvaluateArgs | ExperimentArgs, starts: Starts
+) -> None:
     """Refuse now what could only fail later.
 
     That is a data set or model without the modality that is asked of it, or a tower that cannot start from the one it
