@@ -13,6 +13,7 @@ Scorer = Callable[[slice], Float[Tensor, "query target"]]
 """Scores a block of the queries against all targets."""
 
 QUERIES_AT_ONCE: Final = 1024
+SCORES_AT_ONCE: Final = 1 << 23
 
 
 def hits_at_k(
@@ -43,24 +44,43 @@ def hits_at_k(
     return hit, precision
 
 
+def hits_at_ks(
+    score: Scorer,
+    query_classes: Int64[Tensor, " query"],
+    target_classes: Int64[Tensor, " target"],
+    ks: Sequence[int],
+) -> tuple[dict[int, Float[Tensor, " query"]], dict[int, Float[Tensor, " query"]]]:
+    """Return `hits_at_k` of every query by k, a target being relevant if it has the query's class.
+
+    Works on a block of the queries at a time, smaller where there are many targets.
+    """
+    at_once = max(1, min(QUERIES_AT_ONCE, SCORES_AT_ONCE // len(target_classes)))
+    hits: dict[int, list[Tensor]] = {k: [] for k in ks}
+    precisions: dict[int, list[Tensor]] = {k: [] for k in ks}
+    for start in range(0, len(query_classes), at_once):
+        block = slice(start, start + at_once)
+        scores = score(block)
+        relevant = query_classes[block, None] == target_classes
+        for k in ks:
+            hit, precision = hits_at_k(scores, relevant, k)
+            hits[k].append(hit)
+            precisions[k].append(precision)
+    return {k: torch.cat(hits[k]) for k in ks}, {k: torch.cat(precisions[k]) for k in ks}
+
+
 def at_ks(
     score: Scorer,
     query_classes: Int64[Tensor, " query"],
     target_classes: Int64[Tensor, " target"],
     ks: Sequence[int],
 ) -> tuple[dict[int, float], dict[int, float]]:
-    """Return recall@k and precision@k over the queries, a target being relevant if it has the query's class."""
-    hits, precisions = dict.fromkeys(ks, 0.0), dict.fromkeys(ks, 0.0)
+    """Return recall@k and precision@k: the means over the queries."""
+    hits, precisions = hits_at_ks(score, query_classes, target_classes, ks)
     num_queries = len(query_classes)
-    for start in range(0, num_queries, QUERIES_AT_ONCE):
-        block = slice(start, start + QUERIES_AT_ONCE)
-        scores = score(block)
-        relevant = query_classes[block, None] == target_classes
-        for k in ks:
-            hit, precision = hits_at_k(scores, relevant, k)
-            hits[k] += float(hit.sum()) / num_queries
-            precisions[k] += float(precision.sum()) / num_queries
-    return hits, precisions
+    return (
+        {k: float(each.sum()) / num_queries for k, each in hits.items()},
+        {k: float(each.sum()) / num_queries for k, each in precisions.items()},
+    )
 
 
 def by_cosine(z_query: Float[Tensor, "query dim"], z_target: Float[Tensor, "target dim"]) -> Scorer:
