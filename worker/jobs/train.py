@@ -20,13 +20,17 @@ import torch
 
 from service.contract.errors import Interrupted, Permanent
 from service.contract.jobs import TrainArgs, TrainResult
-from service.contract.recipe import Budget, Optimiser, pair_name
-from worker.learning import bank, checkpoints, data, losses, optim
+from service.contract.recipe import Budget, Compute, Optimiser, pair_name
+from worker import loader
+from worker.cpus import num_cpus
+from worker.learning import bank, checkpoints, data, loading, losses, optim
 from worker.learning.checkpoints import Checkpoints, Position
 from worker.learning.device import be_deterministic, blaming, choose_device, precision_of
+from worker.learning.encoding import BatchEncoder, Pace
 from worker.learning.finetuning import build_learner, inherited, published, read_donors, take_over, tokenisers_of
 from worker.learning.heldout import final_metrics
 from worker.learning.model import build_tokenisers, save_model, vocab_sizes
+from worker.learning.reading import open_pairs
 
 if TYPE_CHECKING:
     from worker.runner import Context
@@ -41,6 +45,7 @@ def run(args: TrainArgs, ctx: Context) -> TrainResult:  # noqa: PLR0915 - one lo
     recipe = args.recipe
     optimiser_config = recipe.optimiser or Optimiser()
     budget = recipe.budget or Budget()
+    compute = recipe.compute or Compute()
     device = choose_device(ctx.device)
     autocast = precision_of(recipe.precision, device)
     be_deterministic(device)
@@ -59,7 +64,7 @@ def run(args: TrainArgs, ctx: Context) -> TrainResult:  # noqa: PLR0915 - one lo
     donors = {} if start else read_donors(recipe, ctx)
     files = start.tokeniser_files if start else data.train_tokenisers(recipe, datasets) | tokenisers_of(donors)
     tokenisers = build_tokenisers(recipe, files)
-    pairs = data.open_pairs(recipe, datasets, tokenisers, budget.batch_size)
+    pairs = open_pairs(recipe, datasets, tokenisers, budget.batch_size)
     names = [pair_name(*pair.modalities) for pair in recipe.pairs]
 
     # Model and optimiser
@@ -87,24 +92,34 @@ def run(args: TrainArgs, ctx: Context) -> TrainResult:  # noqa: PLR0915 - one lo
     saved = Checkpoints(ctx, recipe, files, known_data, start)
     del start, donors  # their tensors
 
+    # Batches ahead
+    num_loaders = loading.num_loaders(pairs, num_cpus()) if compute.loaders is None else compute.loaders
+    told = loader.describe(recipe, datasets, tokenisers, num_loaders)
+    ahead = loading.batches(pairs, position.drawn, loaders=[told] * num_loaders, check=ctx.check)
+    if num_loaders:
+        ctx.event("loaders", {"processes": num_loaders})
+
     # The loop
-    log_time, log_step = time.monotonic(), position.step
+    encode = BatchEncoder(model, recipe, device, autocast)
+    pace = Pace(position.step, encode)
     model.train()
     try:
-        with blaming(budget.batch_size), closing(data.batches(pairs, position.drawn)) as batches:
+        with blaming(budget.batch_size), closing(ahead) as batches:
             while position.step < budget.steps:
                 ctx.check()
                 step_time = time.monotonic()
                 rate = optim.learning_rate(optimiser_config, position.step, budget.steps)
                 optim.set_learning_rate(optimiser, rate)
 
-                at, first, second = next(batches)
+                with pace.waiting():
+                    at, first, second = next(batches)
                 a, b = recipe.pairs[at].modalities
-                with autocast:
-                    z_a, z_b = model.encode(a, first.to(device)), model.encode(b, second.to(device))
-                loss = losses.info_nce(z_a, z_b, model.scale(a, b))
+                side_a, side_b = encode(a, first), encode(b, second)
+                loss = losses.info_nce(side_a.z, side_b.z, model.scale(a, b))
                 optimiser.zero_grad()
                 loss.backward()
+                side_a.backward()
+                side_b.backward()
                 norm = torch.nn.utils.clip_grad_norm_(parameters, optimiser_config.clip_norm)
                 loss_value, norm_value = torch.stack([loss.detach(), norm]).tolist()
                 if not math.isfinite(loss_value) or not math.isfinite(norm_value):
@@ -124,16 +139,15 @@ def run(args: TrainArgs, ctx: Context) -> TrainResult:  # noqa: PLR0915 - one lo
                     }
                 )
                 if position.step % budget.log_every == 0 or position.step == budget.steps:
-                    steps_per_s = (position.step - log_step) / (now - log_time)
+                    figures = pace.look(position.step, budget.batch_size)
                     metrics |= {f"loss/{name}": total / num for name, (total, num) in position.recent.items()}
                     metrics |= {
                         f"scale/{name}": float(log_scale.detach().exp()) for name, log_scale in model.log_scales.items()
                     }
-                    metrics |= {"learning_rate": rate, "grad_norm": norm_value, "steps_per_s": steps_per_s}
+                    metrics |= {"learning_rate": rate, "grad_norm": norm_value} | figures
                     saved.tell(position.step, dict(metrics))
-                    ctx.progress(position.step, budget.steps, (budget.steps - position.step) / steps_per_s)
+                    ctx.progress(position.step, budget.steps, (budget.steps - position.step) / figures["steps_per_s"])
                     position = position.model_copy(update={"recent": {}})
-                    log_step, log_time = position.step, now
                 if position.step < budget.steps and saved.is_due():
                     saved.save(model, optimiser, position, device, metrics)
 

@@ -11,6 +11,8 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from worker.learning.reading import Packed
+
 
 @final
 @dataclass(frozen=True)
@@ -40,6 +42,15 @@ class Ragged:
             lengths=torch.tensor([len(sequence) for sequence in sequences]),
             owners=owners,
         )
+
+    @staticmethod
+    def from_packed(packed: Packed) -> Ragged:
+        """Take over arrays that lie end to end already; nothing is copied but ids."""
+        owners = None
+        if packed.counts is not None:
+            owners = torch.repeat_interleave(torch.arange(len(packed.counts)), torch.from_numpy(packed.counts))
+        values = torch.from_numpy(packed.values)
+        return Ragged(values if values.ndim == 2 else values.long(), torch.from_numpy(packed.lengths), owners)
 
     @property
     def num_items(self) -> int:

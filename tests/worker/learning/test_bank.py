@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from service.contract.recipe import Recipe
-from worker.learning import data
+from worker.learning import data, reading
 from worker.learning.bank import draw_banks
 from worker.learning.data import Encoder, PairData
 from worker.learning.model import MultiTower, build_tokenisers, vocab_sizes
@@ -22,7 +22,7 @@ def prepare(bench: Any, recipe: Recipe) -> tuple[Encoder, list[PairData]]:
     tokenisers = build_tokenisers(recipe, data.train_tokenisers(recipe, datasets))
     torch.manual_seed(0)
     model = MultiTower(recipe, vocab_sizes(recipe, tokenisers)).eval()
-    return Encoder(model, torch.device("cpu"), lambda _: None), data.open_pairs(recipe, datasets, tokenisers, 8)
+    return Encoder(model, torch.device("cpu"), lambda _: None), reading.open_pairs(recipe, datasets, tokenisers, 8)
 
 
 def test_row_k_of_both_modalities_is_the_same_sample_with_its_vector(bench: Any, recipe: MakeRecipe) -> None:

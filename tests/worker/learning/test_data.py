@@ -12,7 +12,7 @@ import torch
 from service.contract.errors import Permanent
 from service.contract.recipe import Recipe
 from service.contract.tokens import tokenise
-from worker.learning import data
+from worker.learning import data, loading, reading
 from worker.learning.data import Dataset, Encoder, PairData, TokenSource
 from worker.learning.model import MultiTower, build_tokenisers, vocab_sizes
 
@@ -27,7 +27,7 @@ def datasets(bench: Any) -> dict[str, Dataset]:
 
 def open_pairs(recipe: Recipe, datasets: dict[str, Dataset], batch_size: int = 32) -> list[PairData]:
     files = data.train_tokenisers(recipe, datasets)
-    return data.open_pairs(recipe, datasets, build_tokenisers(recipe, files), batch_size)
+    return reading.open_pairs(recipe, datasets, build_tokenisers(recipe, files), batch_size)
 
 
 def test_an_epoch_holds_every_training_sample_once_and_no_other(
@@ -72,7 +72,7 @@ def test_steps_are_shared_out_by_weight_and_evenly(weights: tuple[float, float],
     drawn = [0, 0]
     order: list[int] = []
     for _ in range(100):
-        at = data.next_pair(drawn, weights)
+        at = reading.next_pair(drawn, weights)
         drawn[at] += 1
         order.append(at)
         for pair, weight in enumerate(weights):
@@ -82,9 +82,9 @@ def test_steps_are_shared_out_by_weight_and_evenly(weights: tuple[float, float],
 
 def test_the_position_is_how_often_each_pair_was_drawn(recipe: MakeRecipe, datasets: dict[str, Dataset]) -> None:
     pairs = open_pairs(recipe(), datasets)
-    whole = list(islice(data.batches(pairs, [0, 0]), 9))
+    whole = list(islice(loading.batches(pairs, [0, 0]), 9))
     drawn = Counter(at for at, _, _ in whole[:5])
-    rest = list(islice(data.batches(pairs, [drawn[0], drawn[1]]), 4))
+    rest = list(islice(loading.batches(pairs, [drawn[0], drawn[1]]), 4))
     for (at, first, second), (other_at, other_first, other_second) in zip(whole[5:], rest, strict=True):
         assert at == other_at
         assert torch.equal(first.values, other_first.values)
