@@ -25,6 +25,7 @@ from worker import loader
 from worker.cpus import num_cpus
 from worker.learning import bank, checkpoints, data, loading, losses, optim
 from worker.learning.checkpoints import Checkpoints, Position
+from worker.learning.compiling import compile_towers
 from worker.learning.device import be_deterministic, blaming, choose_device, precision_of
 from worker.learning.encoding import BatchEncoder, Pace
 from worker.learning.finetuning import build_learner, inherited, published, read_donors, take_over, tokenisers_of
@@ -91,6 +92,7 @@ def run(args: TrainArgs, ctx: Context) -> TrainResult:  # noqa: PLR0915 - one lo
     known_data = inherited(position.init_from) | learned_from
     saved = Checkpoints(ctx, recipe, files, known_data, start)
     del start, donors  # their tensors
+    compile_towers(model, recipe, device, ctx)
 
     # Batches ahead
     num_loaders = loading.num_loaders(pairs, num_cpus()) if compute.loaders is None else compute.loaders
