@@ -33,6 +33,7 @@ class BatchEncoder:
         self._model = model
         self._device = device
         self._autocast = autocast
+        self._call_tokens = grouping.CUDA_TOKENS if device.type == "cuda" else grouping.CPU_TOKENS
         self._micro_batch = recipe.compute.micro_batch if recipe.compute else None
         self._draws = {name: tower.dropout > 0 for name, tower in recipe.towers.items()}
         self._learns = {
@@ -43,7 +44,7 @@ class BatchEncoder:
     def __call__(self, modality: str, batch: Ragged) -> Encoded:
         """Encode one side of a batch; its `backward` is due after the loss's."""
         lengths = grouping.Lengths(batch)
-        parts = grouping.plan(lengths, self._micro_batch)
+        parts = grouping.plan(lengths, self._micro_batch, self._call_tokens)
         self.num_tokens += lengths.num_tokens
         self.num_padded += grouping.padded_tokens(lengths, parts)
 

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
     from worker.learning.ragged import Ragged
 
-PART_TOKENS: Final = 4096
+CPU_TOKENS: Final = 4096
+CUDA_TOKENS: Final = 32_768
 """What one more call of a tower costs, in padded tokens: its kernels are launched whatever they compute."""
 LEAST_SHARE: Final = 0.2  # of the padded tokens; to save less is not worth another order of rounding
 PLACES: Final = 32  # where a sorted batch may be cut
@@ -43,10 +44,10 @@ class Lengths:
         return int(self.counts[items].sum() * self.longest[items].max())
 
 
-def plan(lengths: Lengths, micro_batch: int | None) -> list[Int64[Tensor, " item"]]:
+def plan(lengths: Lengths, micro_batch: int | None, call_tokens: int = CPU_TOKENS) -> list[Int64[Tensor, " item"]]:
     """Share out the items of a batch among calls of its tower; [] for one call with the batch as it is.
 
-    Depends on the lengths alone, so a batch is encoded alike whenever it is.
+    Depends on the lengths alone, so a batch is encoded alike whenever it is. `call_tokens` is what a call costs.
     """
     num_items = len(lengths.longest)
     order = np.argsort(lengths.longest, kind="stable")
@@ -55,7 +56,7 @@ def plan(lengths: Lengths, micro_batch: int | None) -> list[Int64[Tensor, " item
         plain, by_length = (_pieces(items, micro_batch) for items in (everything, order))
         parts = by_length if _saves(lengths, plain, by_length) else plain
         return [torch.from_numpy(part) for part in parts]
-    groups = _groups(lengths, order)
+    groups = _groups(lengths, order, call_tokens)
     if len(groups) == 1 or not _saves(lengths, [everything], groups):
         return []
     return [torch.from_numpy(group) for group in groups]
@@ -77,15 +78,15 @@ def _saves(lengths: Lengths, plain: list[np.ndarray], other: list[np.ndarray]) -
     return before - after >= LEAST_SHARE * before
 
 
-def _groups(lengths: Lengths, order: Int64[np.ndarray, " item"]) -> list[Int64[np.ndarray, " item"]]:
-    """Cut the sorted items where that is cheapest, a call counted as `PART_TOKENS`; by dynamic programming."""
+def _groups(lengths: Lengths, order: Int64[np.ndarray, " item"], call_tokens: int) -> list[Int64[np.ndarray, " item"]]:
+    """Cut the sorted items where that is cheapest, each call counted as so many tokens; by dynamic programming."""
     places = np.unique(np.linspace(0, len(order), min(PLACES, len(order)) + 1).astype(np.int64)).tolist()
     sequences = np.concatenate([[0], np.cumsum(lengths.counts[order])])[places]
     longest = lengths.longest[order][np.asarray(places[1:]) - 1]  # of the items before each place but the first
     best: list[float] = [0.0]
     came_from: list[int] = [0]
     for end in range(1, len(places)):
-        costs = np.asarray(best) + (sequences[end] - sequences[:end]) * longest[end - 1] + PART_TOKENS
+        costs = np.asarray(best) + (sequences[end] - sequences[:end]) * longest[end - 1] + call_tokens
         came_from.append(int(costs.argmin()))
         best.append(float(costs.min()))
     groups: list[Int64[np.ndarray, " item"]] = []

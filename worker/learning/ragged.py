@@ -81,7 +81,7 @@ class Ragged:
         padded = self.values[index]  # (sequence, token[, dim])
         return padded.masked_fill(~(mask if padded.ndim == 2 else mask[..., None]), 0), mask
 
-    def take(self, items: Sequence[int]) -> Ragged:
+    def take(self, items: Sequence[int] | Int[Tensor, " item"]) -> Ragged:
         """Return some of the items, in the order asked for, repeats included."""
         chosen = torch.as_tensor(items)
         owners = None
