@@ -28,6 +28,8 @@ from service.contract.jobs import (
     EmbedResult,
     EvaluateArgs,
     EvaluateResult,
+    ExperimentArgs,
+    ExperimentResult,
     IngestArgs,
     IngestResult,
     TrainArgs,
@@ -36,8 +38,8 @@ from service.contract.jobs import (
 from worker.lifeline import die_with_parent
 from worker.task import Task
 
-Args = IngestArgs | TrainArgs | EmbedArgs | EvaluateArgs
-Result = IngestResult | TrainResult | EmbedResult | EvaluateResult
+Args = IngestArgs | TrainArgs | EmbedArgs | EvaluateArgs | ExperimentArgs
+Result = IngestResult | TrainResult | EmbedResult | EvaluateResult | ExperimentResult
 _log = logging.getLogger("worker.runner")
 _PROGRESS_S: Final = 0.2
 _NO_SPACE: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -187,6 +189,10 @@ def _run(args: Args, context: Context) -> Result:
             from worker.jobs import evaluate  # noqa: PLC0415
 
             return evaluate.run(args, context)
+        case ExperimentArgs():
+            from worker.jobs import experiment  # noqa: PLC0415
+
+            return experiment.run(args, context)
         case _:
             assert_never(args)
 
