@@ -42,14 +42,15 @@ def run(setting: Setting) -> Outcome:
     outcome = Outcome(
         set_up=[
             (
-                "Factor: definition 5.3 with K = 20 equally frequent classes (1 / min p_k = 20), R = 4; linear encoders "
-                f"after {FACTOR_STEPS} steps of 64, so that there is an excess to speak of. epsilon is the loss of fresh "
-                "batches minus its floor (both directions added up), epsilon' mean log sum_k exp((f(x, y_k) - f(x, y*)) / "
-                "temperature) over fresh prompts."
+                "Factor: definition 5.3 with K = 20 equally frequent classes (1 / min p_k = 20), R = 4; linear "
+                f"encoders after {FACTOR_STEPS} steps of 64, so that there is an excess to speak of. epsilon is the "
+                "loss of fresh batches minus its floor (both directions added up), epsilon' mean log sum_k exp((f(x, "
+                "y_k) - f(x, y*)) / temperature) over fresh prompts."
             ),
             (
-                "Training: fine-grained classes (K = 96 equally frequent ones, 1 / min p_k = 96), linear encoders of 16 "
-                f"dimensions, temperature .1. Equal samples: B * steps = {CLASSES * STEPS:,}. Equal steps: {STEPS:,}."
+                "Training: fine-grained classes (K = 96 equally frequent ones, 1 / min p_k = 96), linear encoders of "
+                f"16 dimensions, temperature .1. Equal samples: B * steps = {CLASSES * STEPS:,}. Equal steps: "
+                f"{STEPS:,}."
             ),
         ]
     )
@@ -62,8 +63,8 @@ def run(setting: Setting) -> Outcome:
             "1 / min p_k lose less at equal samples, and gain no more."
         ),
         (
-            "At equal steps larger batches go on to improve: they see more samples. That is a matter of optimisation and "
-            "not of what the loss can tell."
+            "At equal steps larger batches go on to improve: they see more samples. That is a matter of optimisation "
+            "and not of what the loss can tell."
         ),
     ]
     return outcome

@@ -44,8 +44,8 @@ def run(setting: Setting) -> Outcome:
             "Definition 5.3 with R = 4 (K = 20, gamma = .5), n = 100, 300, 1,000 and 3,000 pairs.",
             f"InfoNCE and the square loss, linear encoders, inner product, batches of 64, {STEPS} steps.",
             (
-                "The bound is mean log sum_k exp((f(x, y_k) - f(x, y*)) / temperature) over log(1 + r), for r = 1 and 3, "
-                "on the very items whose error it bounds."
+                "The bound is mean log sum_k exp((f(x, y_k) - f(x, y*)) / temperature) over log(1 + r), for r = 1 and "
+                "3, on the very items whose error it bounds."
             ),
         ]
     )

@@ -43,8 +43,8 @@ def run(setting: Setting) -> Outcome:
     outcome = Outcome(
         set_up=[
             (
-                "InfoNCE - lambda * mean f(x_i, y_i), lambda = 0, .5, 1 and 2, both directions of the loss added up as in "
-                "the paper (a recipe's `attract` is lambda / 2, as its loss is their mean)."
+                "InfoNCE - lambda * mean f(x_i, y_i), lambda = 0, .5, 1 and 2, both directions of the loss added up as "
+                "in the paper (a recipe's `attract` is lambda / 2, as its loss is their mean)."
             ),
             (
                 f"Unit vectors, batches of 64, {STEPS:,} steps; data and encoders as in temperature-margin: the easy "

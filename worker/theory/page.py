@@ -69,10 +69,8 @@ def _figure(report: ExperimentReport, name: str, content: bytes) -> str:
 
 def _section(title: str, findings: list[Finding]) -> list[str]:
     return [
-        (
-            f"<h2>{escape(title)}</h2>\n<table><tr><th>figure<th>expected<th>measured<th>95 %<th>by seed<th>bar<th>verdict"
-            "</tr>\n"
-        ),
+        f"<h2>{escape(title)}</h2>\n<table><tr>",
+        "<th>figure<th>expected<th>measured<th>95 %<th>by seed<th>bar<th>verdict</tr>\n",
         *(_row(each) for each in findings),
         "</table>\n",
     ]

@@ -66,12 +66,12 @@ def run(setting: Setting) -> Outcome:
             ),
             f"InfoNCE: linear encoders of 32 dimensions, inner product, temperature 1, batches of 64, {STEPS:,} steps.",
             (
-                "Square loss: a linear map of x to y, once solved exactly (ridge) and once trained with the loss that jobs "
-                "train with, read out by inner product (dot), distance (l2) and cosine."
+                "Square loss: a linear map of x to y, once solved exactly (ridge) and once trained with the loss that "
+                "jobs train with, read out by inner product (dot), distance (l2) and cosine."
             ),
             (
-                f"Top-1 error over {measures.PROMPT_SETS} sets of one fresh prompt a class, {measures.ITEMS} fresh items "
-                "each. By chance it is .95."
+                f"Top-1 error over {measures.PROMPT_SETS} sets of one fresh prompt a class, {measures.ITEMS} fresh "
+                "items each. By chance it is .95."
             ),
         ]
     )
@@ -111,12 +111,12 @@ def run(setting: Setting) -> Outcome:
     outcome.notes += [
         "R = .5 is the control: where own features are small the square loss is as good.",
         (
-            "With orthonormal dictionaries the inner product hardly suffers, the distance does: the failure needs generic "
-            "dictionaries or that read-out."
+            "With orthonormal dictionaries the inner product hardly suffers, the distance does: the failure needs "
+            "generic dictionaries or that read-out."
         ),
         (
-            "A mean of zeta that depends on the class helps regression where it is large beside the rest: it is one more "
-            "thing that tells the classes apart."
+            "A mean of zeta that depends on the class helps regression where it is large beside the rest: it is one "
+            "more thing that tells the classes apart."
         ),
     ]
     return outcome

@@ -79,8 +79,8 @@ def run(setting: Setting) -> Outcome:
                 f"{STEPS:,} steps at a fixed temperature. Margins in fresh batches of 64."
             ),
             (
-                "Fine-grained: 96 classes in 12 clusters of 8, cosines of about .9 within a cluster, seen with noise; 16 "
-                "dimensions; linear encoders and ones with a hidden layer of 128."
+                "Fine-grained: 96 classes in 12 clusters of 8, cosines of about .9 within a cluster, seen with noise; "
+                "16 dimensions; linear encoders and ones with a hidden layer of 128."
             ),
             "Easy: definition 5.3 with K = 20, gamma = .5, R = 1; linear encoders of 32 dimensions.",
             "Crowded: 300 unrelated codes, R = 1; linear encoders of 8 dimensions.",
@@ -91,8 +91,8 @@ def run(setting: Setting) -> Outcome:
     outcome.notes += [
         "Nothing is asserted below .05, nor where the paper's direction reverses (easy) or hardly shows (crowded).",
         (
-            "The margin to the mean negative falls with the temperature on fine-grained classes while that to the hardest "
-            "negative rises: a claim about `the margin` has to say which."
+            "The margin to the mean negative falls with the temperature on fine-grained classes while that to the "
+            "hardest negative rises: a claim about `the margin` has to say which."
         ),
     ]
     return outcome
