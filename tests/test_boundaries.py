@@ -51,8 +51,9 @@ def loaded_by(names: list[str]) -> set[str]:
             ["fastapi", "service.app", "service.routes", "service.deps", "service.inference.gateway"],
         ),
         (["worker.supervisor"], ["torch", "fastapi", "pyarrow"]),
+        (["worker.loader"], ["torch", "fastapi", "pyarrow", "sqlalchemy"]),
     ],
-    ids=["the application", "service", "the contract", "worker", "the supervisor"],
+    ids=["the application", "service", "the contract", "worker", "the supervisor", "a loader"],
 )
 def test_a_side_never_loads_the_other(names: list[str], forbidden: list[str]) -> None:
     loaded = loaded_by(names)

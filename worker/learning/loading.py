@@ -13,8 +13,7 @@ import socket
 import subprocess
 import sys
 from collections import deque
-from concurrent.futures import Future, ThreadPoolExecutor
-from concurrent.futures import TimeoutError as NotYet
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, closing
 from typing import TYPE_CHECKING, Any, Final, final
 
@@ -107,14 +106,10 @@ def _collect(asked: Sequence[Loader]) -> tuple[Ragged, Ragged]:
 
 
 def _wait(future: Future[tuple[Ragged, Ragged]], check: Callable[[], None] | None) -> tuple[Ragged, Ragged]:
-    while True:
-        try:
-            return future.result(_LOOK_UP_S)
-        except NotYet:
-            if future.done():
-                raise  # a timeout of the work itself
-            if check is not None:
-                check()
+    while not wait([future], _LOOK_UP_S).done:
+        if check is not None:
+            check()
+    return future.result()
 
 
 def _joined(parts: Sequence[Packed]) -> Packed:
