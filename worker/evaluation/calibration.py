@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from jaxtyping import Float64, Int64
     from torch import Tensor
 
+FEWEST: Final = 10  # samples
+NUM_BINS: Final = 15
 LARGEST_TEMPERATURE: Final = 1e3  # and the smallest is one over it
 HALVINGS: Final = 60
 
@@ -85,7 +87,7 @@ def measure(
 ) -> Calibration:
     """Measure the calibration of softmax(logits); a random half fits the temperature, the other one measures it.
 
-    Needs four items or more.
+    Needs `FEWEST` items or more.
     """
     log_p = logits.log_softmax(1)
     confidence, hit = _confidence(log_p, truth)

@@ -34,7 +34,7 @@ class Completeness(Word):
 
     num_samples: int
     num_classes: int
-    bound: Annotated[float, Field(description="the score was divided by this, so that it is at most 1 in size")]
+    of_bound: Annotated[float, Field(description="the score was divided by this, so that it is at most 1 in size")]
     alpha: Annotated[Estimate, Field(description="share of the pairs of different classes without any margin")]
     beta: Annotated[Estimate | None, Field(description="null: no class has two samples")]
     gammas: Annotated[
@@ -76,7 +76,7 @@ def measure(
     return Completeness(
         num_samples=len(scores),
         num_classes=len(classes.unique()),
-        bound=bound,
+        of_bound=bound,
         alpha=Estimate(value=float(lost.sum() / apart.sum()), interval=estimates.interval(alphas.tolist())),
         beta=within(scores, classes, weights),
         gammas={

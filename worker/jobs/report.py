@@ -2,30 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Final, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
+from service.contract.jobs import Part
+from service.contract.losses import Critic
 from service.contract.word import Word
-
-DEFINITIONS: Final = {
-    "recall": "share of the queries whose top k targets hold a relevant one",
-    "precision": "mean share of the top k targets that is relevant",
-    "relevant: partner": "a target whose payload is the same, byte for byte, as that of the query's own partner: "
-    "several samples may share a caption, and none of them is then a mistake",
-    "relevant: label": "a target with the query's class label; used for modalities that no data set holds together, so "
-    "that there is no partner to find. Queries whose label no target has are left out",
-    "chance": "the same figure for scores that are all equal. Equal scores count as random order everywhere",
-    "direct": "targets ranked by the cosine of the vectors",
-    "marginal": "targets ranked by log mean over the bridge bank of exp(f(source, b) + f(b, target)), with the trained "
-    "scales and without each leg's own offset (Che & Eysenbach 2025, Lemma 1)",
-    "effective_sample_size": "Kish's, of the marginal sum: median over the targets, then over the queries",
-    "trusted_fraction": "share of the queries whose median effective sample size is at least 10; for the others trust "
-    "the order of the targets and not the values",
-    "accuracy": "share of the samples whose label has the largest logit",
-    "cross_entropy": "mean of -log p(label | sample), nats",
-    "zero-shot logit": "log prior + log mean over the label's prompts of exp(scale * cosine) (Oko et al. 2025)",
-}
+from worker.evaluation.calibration import Calibration
+from worker.evaluation.certificate import Certificate
+from worker.evaluation.completeness import Completeness
+from worker.evaluation.ensembles import Fit, Point
+from worker.evaluation.estimates import Estimate
+from worker.evaluation.geometry import Geometry
+from worker.evaluation.margins import Margins
+from worker.evaluation.probe import Probe
+from worker.jobs.definitions import DEFINITIONS
 
 
 class EvaluatedDataset(Word):
@@ -51,6 +43,8 @@ class Retrieval(Word):
     num_targets: int
     recall: Annotated[dict[int, float], Field(description="by k")]
     precision: Annotated[dict[int, float], Field(description="by k")]
+    recall_standard_error: dict[int, float] | None = None
+    precision_standard_error: dict[int, float] | None = None
     chance_recall: dict[int, float]
     chance_precision: dict[int, float]
     effective_sample_size: float | None = None
@@ -75,32 +69,136 @@ class ZeroShot(Word):
     num_samples: int
     num_left_out: Annotated[int, Field(description="samples without a label, or with one that has no prompt")]
     accuracy: float
+    accuracy_standard_error: float | None = None
     chance: Annotated[float, Field(description="one over the number of labels")]
+    top: Annotated[dict[int, Estimate] | None, Field(description="top-k accuracy by k")] = None
+    chance_top: dict[int, float] | None = None
     cross_entropy: float
+    cross_entropy_standard_error: float | None = None
+
+
+class OfLabels(Word):
+    """Which zero-shot classification an entry is about."""
+
+    dataset: str
+    modality: str
+    prompts_modality: str
+
+
+class PromptCurve(OfLabels):
+    """Zero-shot classification with M prompts per label."""
+
+    num_labels: int
+    num_samples: int
+    num_draws: Annotated[int, Field(description="of prompts, for each M")]
+    prior: Annotated[Literal["uniform", "training"], Field(description="whose logarithm is added to the logits")]
+    points: list[Point]
+    cross_entropy_fit: Fit | None
+    error_fit: Fit | None
+
+
+class Certified(OfLabels):
+    """The certificates of a zero-shot classification."""
+
+    num_samples: int
+    certificates: list[Certificate]
+
+
+class Calibrated(OfLabels):
+    """The calibration of a zero-shot classification."""
+
+    calibration: Calibration
+
+
+class Probed(Word):
+    """A linear probe of one modality."""
+
+    dataset: str
+    modality: str
+    probe: Probe
+
+
+class OfPair(Word):
+    """Which two modalities an entry is about."""
+
+    dataset: str
+    first: str
+    second: str
+    trained: bool
+
+
+class PairGeometry(OfPair):
+    """Alignment, uniformity and gap."""
+
+    geometry: Geometry
+
+
+class PairMargins(OfPair):
+    """Margins."""
+
+    margins: Margins
+
+
+class PairCompleteness(OfPair):
+    """Completeness of the trained score."""
+
+    completeness: Completeness
+
+
+class LeftOut(Word):
+    """What was not measured."""
+
+    part: Part
+    dataset: str | None
+    of: Annotated[str, Field(description="the modality or the pair; empty: the whole data set")]
+    reason: str
 
 
 class Report(Word):
-    """All of an evaluation."""
+    """All of an evaluation. Format 1 knew retrieval and zero-shot classification only."""
 
-    format: Literal[1] = 1
+    format: Literal[1, 2] = 2
     model: str
     model_digest: str
+    critic: Critic = "cosine"
     split: Literal["holdout", "train", "all"]
     seed: int
+    parts: Annotated[list[Part] | None, Field(description="what was asked for; null: all that the data allow")] = None
     datasets: dict[str, EvaluatedDataset]
     retrieval: list[Retrieval]
     zero_shot: list[ZeroShot]
+    prompt_curve: list[PromptCurve] = Field(default_factory=list[PromptCurve])
+    certificate: list[Certified] = Field(default_factory=list[Certified])
+    calibration: list[Calibrated] = Field(default_factory=list[Calibrated])
+    linear_probe: list[Probed] = Field(default_factory=list[Probed])
+    geometry: list[PairGeometry] = Field(default_factory=list[PairGeometry])
+    margins: list[PairMargins] = Field(default_factory=list[PairMargins])
+    completeness: list[PairCompleteness] = Field(default_factory=list[PairCompleteness])
+    left_out: list[LeftOut] = Field(default_factory=list[LeftOut])
     definitions: dict[str, str] = DEFINITIONS
 
     def summary(self) -> dict[str, float]:
         """Return the main figures by name, means where there are several data sets or bridges."""
         figures: dict[str, list[float]] = {}
+
+        def add(name: str, value: float) -> None:
+            figures.setdefault(name, []).append(value)
+
         for entry in self.retrieval:
             for metric, by_k in (("recall", entry.recall), ("precision", entry.precision)):
                 if metric == "recall" or entry.relevant == "label":
                     for k, value in by_k.items():
-                        name = f"{metric}@{k}/{entry.source}->{entry.target}/{entry.method}"
-                        figures.setdefault(name, []).append(value)
+                        add(f"{metric}@{k}/{entry.source}->{entry.target}/{entry.method}", value)
         for entry in self.zero_shot:
-            figures.setdefault(f"zero_shot_accuracy/{entry.modality}", []).append(entry.accuracy)
+            add(f"zero_shot_accuracy/{entry.modality}", entry.accuracy)
+        for entry in self.linear_probe:
+            add(f"linear_probe_accuracy/{entry.modality}", entry.probe.accuracy.value)
+        for entry in self.calibration:
+            add(f"expected_calibration_error/{entry.modality}", entry.calibration.expected_calibration_error.value)
+        for entry in self.geometry:
+            add(f"alignment/{entry.first}+{entry.second}", entry.geometry.alignment.value)
+            add(f"modality_gap/{entry.first}+{entry.second}", entry.geometry.gap.value)
+        for entry in self.margins:
+            for direction in entry.margins.directions:
+                add(f"hardest_margin/{direction.source}->{direction.target}", direction.hardest.value)
         return {name: sum(values) / len(values) for name, values in figures.items()}

@@ -30,7 +30,7 @@ def test_a_sum_over_the_bridge_takes_the_scale_of_each_leg_however_it_is_cut(
     weights = (terms - terms.amax(1, keepdim=True)).exp()
     sizes = (weights.sum(1) ** 2 / weights.square().sum(1)).median(1).values
 
-    summed = Summed((12.0, 3.0), bridge, source, target, lambda: None)
+    summed = Summed("cosine", (12.0, 3.0), bridge, source, target, check=lambda: None)
     found = torch.cat([summed(slice(0, 4)), summed(slice(4, 7))])
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
     assert summed.effective_sample_size == pytest.approx(float(sizes.median()), rel=1e-4)
