@@ -35,8 +35,8 @@ def compile_towers(model: MultiTower, recipe: Recipe, device: torch.device, ctx:
     try:
         torch.compile(_probe)(torch.ones(16, device=device))
     except (RuntimeError, OSError) as error:  # no compiler, no headers, a device too old: torch has a class for each
-        reason = str(error).strip().partition("\n")[0][:300]
-        ctx.event("not_compiled", {"reason": f"{type(error).__name__}: {reason}"})
+        cause = getattr(error, "inner_exception", error)  # behind "the backend raised"
+        ctx.event("not_compiled", {"reason": f"{type(cause).__name__}: {' '.join(str(cause).split())[:300]}"})
         return
     config = torch._dynamo.config  # noqa: SLF001 - torch documents its settings under this name
     config.recompile_limit = max(config.recompile_limit, MAX_VARIANTS)
