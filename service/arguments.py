@@ -35,6 +35,7 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument("--data", type=Path, help="folder of the database, the store and sockets (isthmus-data)")
 
     _add_jobs(commands.add_parser("jobs", help="list, show, follow, cancel and retry jobs"))
+    _add_experiments(commands.add_parser("experiments", help="check what papers claim, on data whose truth is known"))
     demo = commands.add_parser("demo", help="learn digits seen and heard, then answer what nobody taught")
     demo.add_argument("--data", dest="tars", type=Path, help="a folder of WebDataset tars to learn from instead")
     demo.add_argument(
@@ -108,6 +109,25 @@ def _add_jobs(parser: argparse.ArgumentParser) -> None:
         action.add_argument(
             "--url", help="of the API (http://127.0.0.1:<ISTHMUS_PORT>); ISTHMUS_API_KEY holds a key if it needs one"
         )
+
+
+def _add_experiments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = "Exit status: 0, or 1 if a bar was missed, 2 if it could not be done, 130 after Ctrl-C."
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+    listing = actions.add_parser("list", help="list the experiments: what is claimed, where, how long it takes")
+    listing.add_argument("--json", action="store_true", help="for programs")
+    run = actions.add_parser("run", help="run experiments, write their reports, compare with what is expected")
+    run.add_argument("names", nargs="*", metavar="NAME", help="as `list` shows them")
+    run.add_argument("--all", action="store_true", help="all of them, or all of a paper")
+    run.add_argument("--seeds", type=_count, metavar="N", help="repetitions (each experiment's own number)")
+    run.add_argument("--seed", type=int, default=0, help="of the first repetition (%(default)s)")
+    run.add_argument("--quick", action="store_true", help="a tenth of the work, to see it run; asserts nothing")
+    run.add_argument(
+        "--out", type=Path, default=Path("isthmus-experiments"), help="folder for the reports (%(default)s)"
+    )
+    run.add_argument("--url", help="of a service that runs them as jobs; without, they run here and need no service")
+    for action in (listing, run):
+        action.add_argument("--paper", choices=("clip-transfer",), help="only what this paper claims")
 
 
 def _cap(text: str) -> int | Literal["none"]:

@@ -1,4 +1,4 @@
-"""The command line: `isthmus serve | api | worker | migrate | keys | tenants | jobs | demo | health | openapi`.
+"""The command line: `isthmus serve | api | worker | migrate | keys | tenants | jobs | experiments | demo | ...`.
 
 Every command imports what it needs when it runs, so that `isthmus --help` is instant and no command loads another's
 dependencies. The worker is always a process of its own and never imported.
@@ -68,6 +68,8 @@ def _run(options: argparse.Namespace, settings: Settings) -> int:
             return _tenants(options, settings)
         case "jobs":
             return _jobs(options, settings)
+        case "experiments":
+            return _experiments(options, settings)
         case "openapi":
             return _openapi(settings)
         case "health":
@@ -210,8 +212,17 @@ def _tenants(options: argparse.Namespace, settings: Settings) -> int:
 def _jobs(options: argparse.Namespace, settings: Settings) -> int:
     from service.client import jobs
 
-    key = settings.api_key.get_secret_value() if settings.api_key is not None else None
-    return jobs.run(options, options.url or url_of(settings.host, settings.port), key)
+    return jobs.run(options, options.url or url_of(settings.host, settings.port), _key(settings))
+
+
+def _experiments(options: argparse.Namespace, settings: Settings) -> int:
+    from service.client import experiments
+
+    return experiments.run(options, _key(settings))
+
+
+def _key(settings: Settings) -> str | None:
+    return settings.api_key.get_secret_value() if settings.api_key is not None else None
 
 
 def _health(url: str) -> int:

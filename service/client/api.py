@@ -72,6 +72,13 @@ class Api:
         """Post a document and return the answer."""
         return _read(self._http.post(path, json=document))
 
+    def download(self, path: str) -> bytes:
+        """Get a file."""
+        response = self._http.get(path)
+        if not response.is_success:
+            raise _error(response)
+        return response.content
+
     def upload(self, path: Path, name: str) -> dict[str, Any]:
         """Upload a tar as a data set and return it."""
         with path.open("rb") as file:

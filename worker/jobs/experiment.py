@@ -6,6 +6,7 @@ whatever the device: their models are small, and their figures must not depend o
 
 from __future__ import annotations
 
+import os
 import time
 from typing import TYPE_CHECKING
 
@@ -15,7 +16,7 @@ from service.contract.experiments import EXPERIMENTS, PAPERS, ExperimentReport
 from service.contract.jobs import ExperimentArgs, ExperimentResult
 from service.contract.manifest import code_version
 from worker.theory import experiments, page, plots
-from worker.theory.findings import Setting, verdict_of
+from worker.theory.findings import Setting, unasserted, verdict_of
 
 if TYPE_CHECKING:
     from worker.runner import Context
@@ -38,6 +39,7 @@ def run(args: ExperimentArgs, ctx: Context) -> ExperimentResult:
 
     ctx.progress(0, total)
     outcome = experiments.run(args.experiment, Setting(seeds, args.quick, step, ctx.check))
+    findings = unasserted(outcome.findings) if args.quick else outcome.findings
     report = ExperimentReport(
         experiment=args.experiment,
         paper=PAPERS[known.paper],
@@ -46,10 +48,10 @@ def run(args: ExperimentArgs, ctx: Context) -> ExperimentResult:
         set_up=outcome.set_up,
         seeds=list(seeds),
         quick=args.quick,
-        findings=outcome.findings,
+        findings=findings,
         notes=outcome.notes,
         curves=outcome.curves,
-        verdict=verdict_of(outcome.findings, quick=args.quick),
+        verdict=verdict_of(findings),
         seconds=time.monotonic() - began,
         cpu_seconds=time.process_time() - cpu_began,
         code_version=code_version(),
@@ -57,7 +59,9 @@ def run(args: ExperimentArgs, ctx: Context) -> ExperimentResult:
     )
     folder = ctx.scratch / "report"
     folder.mkdir()
-    drawn = {curve.name: plots.draw(curve, ctx.scratch / "matplotlib") for curve in report.curves}
+    # matplotlib reads it when it is first imported; a worker's home may be read-only.
+    os.environ.setdefault("MPLCONFIGDIR", str(ctx.scratch / "matplotlib"))
+    drawn = {curve.name: plots.draw(curve) for curve in report.curves}
     for name, content in drawn.items():
         (folder / f"{name}.png").write_bytes(content)
     (folder / "report.json").write_text(report.model_dump_json(indent=1), encoding="utf-8")

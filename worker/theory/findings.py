@@ -78,12 +78,17 @@ def meets(bar: Bar, per_seed: Sequence[float]) -> bool:
     return all(value >= bar.bound for value in judged)
 
 
-def verdict_of(findings: Sequence[Finding], *, quick: bool) -> Verdict:
-    """Return `fails` if any bar is missed, `reported` if there is none or the run was a quick one, else `holds`."""
+def verdict_of(findings: Sequence[Finding]) -> Verdict:
+    """Return `fails` if any bar is missed, `reported` if nothing is asserted, else `holds`."""
     verdicts = {each.verdict for each in findings}
-    if quick or verdicts <= {"reported"}:
-        return "reported"
-    return "fails" if "fails" in verdicts else "holds"
+    if "fails" in verdicts:
+        return "fails"
+    return "holds" if "holds" in verdicts else "reported"
+
+
+def unasserted(findings: Sequence[Finding]) -> list[Finding]:
+    """Return the findings of too little work to be judged: their bars stand, their verdicts do not."""
+    return [each.model_copy(update={"verdict": "reported"}) for each in findings]
 
 
 def interval(values: Sequence[float]) -> tuple[float, float] | None:

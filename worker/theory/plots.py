@@ -4,26 +4,20 @@ from __future__ import annotations
 
 import io
 import math
-import os
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
-    from matplotlib.figure import Figure
-
     from service.contract.experiments import Curve
 
 COLOURS: Final = ("#0b6e99", "#c2410c", "#15803d", "#7c3aed", "#b45309", "#be185d", "#475569")
 
 
-def draw(curve: Curve, cache: Path) -> bytes:
-    """Draw the mean of every series, and the range over the seeds behind it.
+def draw(curve: Curve) -> bytes:
+    """Draw the mean of every series, and the range over the seeds behind it."""
+    # A figure of its own, without pyplot, needs no display and leaves no state.
+    from matplotlib.figure import Figure  # noqa: PLC0415  # reads MPLCONFIGDIR now
 
-    `cache` is a folder for matplotlib's own files: a worker's home may be read-only.
-    """
-    figure_class = _figure(cache)
-    figure = figure_class(figsize=(6.4, 4.0), dpi=110, layout="constrained")
+    figure = Figure(figsize=(6.4, 4.0), dpi=110, layout="constrained")
     axes = figure.add_subplot()
     for at, (name, rows) in enumerate(curve.series.items()):
         colour = COLOURS[at % len(COLOURS)]
@@ -52,11 +46,3 @@ def draw(curve: Curve, cache: Path) -> bytes:
     out = io.BytesIO()
     figure.savefig(out, format="png", metadata={"Software": None})
     return out.getvalue()
-
-
-def _figure(cache: Path) -> type[Figure]:
-    # matplotlib reads it when it is imported. A Figure of its own, without pyplot, needs no display and no state.
-    os.environ.setdefault("MPLCONFIGDIR", str(cache))
-    from matplotlib.figure import Figure  # noqa: PLC0415
-
-    return Figure

@@ -136,13 +136,16 @@ def _measure(setting: Setting, regime: Regime, outcome: Outcome) -> None:
             "reported: below 0, the opposite direction",
             [row[low] - row[high] for row in mean_negative],
         ),
-        finding(
-            f"{regime.name}: temperature of the least zero-shot error",
-            "of those tried",
-            "reported",
-            [regime.temperatures[min(range(len(row)), key=row.__getitem__)] for row in errors],
-        ),
     ]
+    if regime.asserted:  # the others have next to no errors at any
+        outcome.findings.append(
+            finding(
+                f"{regime.name}: temperature of the least zero-shot error",
+                "of those tried",
+                "reported",
+                [regime.temperatures[min(range(len(row)), key=row.__getitem__)] for row in errors],
+            )
+        )
     name = regime.name.replace(", ", "-").replace(" ", "-")
     outcome.curves += [
         curve(
