@@ -191,6 +191,67 @@ def test_data_that_do_not_fit_the_recipe_fail_before_the_first_step(small: Recip
     assert bench.said("job_f", "checkpoint") == []
 
 
+def learned(bench: Any, recipe: Recipe, job: str, **changes: Any) -> dict[str, torch.Tensor]:
+    """Train a recipe with other compute; the weights."""
+    document = recipe.model_dump(mode="json") | changes
+    return weights(bench, train.run(TrainArgs(recipe=Recipe.model_validate(document)), bench.context(job)))
+
+
+def test_micro_batches_learn_the_same_to_rounding(recipe: MakeRecipe, bench: Any) -> None:
+    made = recipe(budget=BUDGET, bank={"size": 32})
+    whole = learned(bench, made, "job_w")
+    for micro_batch in (5, 16):
+        parts = learned(bench, made, f"job_m{micro_batch}", compute={"micro_batch": micro_batch})
+        for name, value in whole.items():
+            if "qkv.bias" not in name:  # a key's bias has no gradient but rounding, which Adam blows up
+                torch.testing.assert_close(parts[name], value, rtol=1e-3, atol=1e-4, msg=name)
+    assert all(torch.equal(parts[name], value) for name, value in whole.items())  # 16 is all of it
+
+
+@pytest.fixture
+def varied(small: Recipe) -> Recipe:
+    """Augmented, in micro-batches with dropout, by a loader process."""
+    document = small.model_dump(mode="json")
+    for tower in document["towers"].values():
+        tower["augment"] = {"kind": "tokens", "drop": 0.3}
+    document["compute"] = {"micro_batch": 6, "loaders": 1}
+    return Recipe.model_validate(document)
+
+
+def test_an_augmented_run_in_micro_batches_by_loaders_resumes_bit_for_bit(varied: Recipe, bench: Any) -> None:
+    whole = learned(bench, varied, "job_v")
+    assert {"type": "loaders", "detail": {"processes": 1}} in bench.said("job_v", "event")
+    for later in range(8, 12):
+        bench.store.delete(f"checkpoints/job_v/{later}-1")
+    context = bench.context("job_v", epoch=2, resume=["checkpoints/job_v/7-1"])
+    resumed = weights(bench, train.run(TrainArgs(recipe=varied), context))
+    assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
+    by_a_thread = learned(bench, varied, "job_u", compute={"micro_batch": 6, "loaders": 0})
+    assert all(torch.equal(value, by_a_thread[name]) for name, value in whole.items())
+    plain = varied.model_dump(mode="json")["towers"]
+    for tower in plain.values():
+        tower["augment"] = None
+    other = learned(bench, varied, "job_y", towers=plain)
+    assert not all(torch.equal(value, other[name]) for name, value in whole.items())
+
+
+def test_banks_and_measured_values_know_no_augmentation(varied: Recipe, small: Recipe, bench: Any) -> None:
+    found = learned(bench, varied, "job_v")
+    plain = learned(bench, small, "job_s")
+    for buffer in ("mean", "deviation"):
+        assert torch.equal(found[f"tower_imu.{buffer}"], plain[f"tower_imu.{buffer}"])
+    banks = [load_model(bench.store.local(f"models/model_{job}/1"), "cpu").banks for job in ("v", "s")]
+    first, second = (bank["imu+text"].items["imu"] for bank in banks)
+    assert torch.equal(first.values, second.values)
+
+
+def test_what_a_run_tells_of_its_pace(trained: Any) -> None:
+    told = trained.said("job_trained", "metric")[0]["values"]
+    assert told["samples_per_s"] == pytest.approx(32 * told["steps_per_s"])
+    assert 0 <= told["wait_share"] < 1
+    assert 0 < told["padded_share"] < 0.5  # of 4 to 8 vectors and 3 to 6 ids
+
+
 @pytest.mark.gpu
 def test_on_a_gpu_it_learns_resumes_and_is_served_on_the_cpu(recipe: MakeRecipe, bench: Any) -> None:
     """In bf16. Weights are not promised bit for bit there, vectors are close."""
