@@ -22,10 +22,12 @@ a { color: #2563a8; text-decoration: none; } a:hover, a:focus { text-decoration:
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; margin: .8rem 0; font-size: .87rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .25rem .7rem .25rem 0; text-align: left; border-bottom: 1px solid #f0f1f3; vertical-align: top; }
-th { font-weight: 600; } td { overflow-wrap: anywhere; }
+th { font-weight: 600; white-space: nowrap; } td { max-width: 30rem; overflow-wrap: break-word; }
 .plots { display: flex; flex-wrap: wrap; gap: 1rem; } figure { margin: 0; width: 22rem; max-width: 100%; }
 figure img { width: 100%; height: auto; } figcaption, .note { color: #6b7280; font-size: .87rem; }
-details { margin: .8rem 0; font-size: .87rem; } dt { font-weight: 600; } dd { margin: 0 0 .4rem 1rem; }
+details { margin: .8rem 0; font-size: .87rem; }
+dl { display: grid; grid-template-columns: minmax(8rem, 14rem) 1fr; gap: .2rem 1rem; margin: .4rem 0; }
+dt { font-weight: 600; overflow-wrap: anywhere; } dd { margin: 0; }
 dt:target { background: #fef3c7; }
 """
 POLICY: Final = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"

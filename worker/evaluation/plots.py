@@ -28,6 +28,7 @@ _STYLE: Final[Any] = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
+    "axes.axisbelow": True,
     "grid.color": "#e5e7eb",
     "legend.frameon": False,
 }
@@ -78,7 +79,7 @@ def prompt_curve(points: Sequence[Point], fit: Fit | None, figure: str) -> str:
         axes.minorticks_off()
         axes.set_xlabel("prompts per label, M")
         axes.set_ylabel("cross-entropy, nats" if figure == "cross_entropy" else "error")
-        axes.legend()
+        _legend(axes)
 
     return draw(paint)
 
@@ -93,7 +94,7 @@ def certificates(found: Sequence[Certificate]) -> str:
         axes.set_xticks(list(at), [f"top-{each.r}" for each in found])
         axes.set_ylim(0, 1.05)
         axes.set_ylabel("error")
-        axes.legend()
+        _legend(axes)
 
     return draw(paint)
 
@@ -127,7 +128,7 @@ def reliability(bins: Sequence[Bin]) -> str:
         axes.set_xlim(0, 1)
         axes.set_ylim(0, 1.05)
         axes.set_xlabel("confidence")
-        axes.legend(loc="upper left")
+        _legend(axes)
 
     return draw(paint)
 
@@ -145,7 +146,7 @@ def margins(directions: Sequence[Direction]) -> str:
         axes.axvline(0, color=GREY, linewidth=0.8, linestyle="--")
         axes.set_xlabel("margin to the hardest negative")
         axes.set_ylabel("share of the queries")
-        axes.legend()
+        _legend(axes)
 
     return draw(paint)
 
@@ -160,7 +161,7 @@ def by_temperature(points: Sequence[Softened], trained: float) -> str:
         axes.set_xscale("log")
         axes.set_xlabel("temperature")
         axes.set_ylabel("cross-entropy in the batch, nats")
-        axes.legend()
+        _legend(axes)
 
     return draw(paint)
 
@@ -176,6 +177,10 @@ def alpha_by_gamma(points: Sequence[tuple[float, float]]) -> str:
         axes.set_ylabel("share of pairs below it, α")
 
     return draw(paint)
+
+
+def _legend(axes: Any) -> None:
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0)  # above the plot, where it hides nothing
 
 
 def _plain(text: str) -> str:

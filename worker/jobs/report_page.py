@@ -435,7 +435,7 @@ def _estimate(estimate: Estimate | None) -> str:
 
 
 def _with_error(value: float, error: float | None) -> str:
-    return _number(value) if error is None else f"{_number(value)} ± {error:.2g}"
+    return _number(value) if error is None else f"{_number(value)}\u00a0±\u00a0{error:.2g}"
 
 
 def _or_nothing(value: float | None) -> str:
