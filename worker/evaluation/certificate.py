@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 ROUNDED_UP: Final = 1 + 1e-9  # a bound may not lose to the rounding of its own logarithms
-LARGEST: Final = 1e290  # nats; whatever is above is written as this, and sums stay finite
+LARGEST: Final = 1e140  # nats; whatever is above is written as this, so that sums of squares stay finite
 
 
 class Certificate(Word):
