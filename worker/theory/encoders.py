@@ -55,10 +55,21 @@ class Encoders:
     ) -> Float[Tensor, "row column"]:
         """Compare every x with every y, without the scale, in float64."""
         how = critic or self.critic
+        return critics.scores(how, *self._vectors(x, y, how))
+
+    def batch_scores(self, pairs: Pairs, batch_size: int) -> Float[Tensor, "batch row column"]:
+        """Compare every x with every y of its batch, batches being consecutive pairs, without the scale, in float64."""
+        sides = critics.as_inner_products(self.critic, *self._vectors(pairs.x, pairs.y, self.critic))
+        z_x, z_y = (side.unflatten(0, (-1, batch_size)) for side in sides)
+        return z_x @ z_y.mT
+
+    def _vectors(
+        self, x: Float64[Tensor, "row observed_x"], y: Float64[Tensor, "column observed_y"], how: Critic
+    ) -> tuple[Float64[Tensor, "row dim"], Float64[Tensor, "column dim"]]:
         with torch.no_grad():
             z_x = critics.prepare(how, self.g(x.float())).double()
             z_y = critics.prepare(how, self.h(y.float())).double()
-        return critics.scores(how, z_x, z_y)
+        return z_x, z_y
 
 
 def contrastive(temperature: float, critic: Critic, *, one_sided: float = 0.0) -> InfoNCE:
@@ -90,7 +101,7 @@ def train(pairs: Pairs, plan: Plan, seed: int, check: Callable[[], None]) -> Enc
         h = _encoder(y.shape[1], plan.dimensions, plan.hidden, generator)
     scale = plan.loss.init_scale or 1.0 if isinstance(plan.loss, Scaled) else 1.0
     scale_ = torch.tensor(scale)
-    optimiser = torch.optim.Adam([*g.parameters(), *h.parameters()], lr=plan.learning_rate)
+    optimiser = torch.optim.Adam([*g.parameters(), *h.parameters()], lr=plan.learning_rate, fused=True)
     for step in range(plan.steps):
         if step % CHECK_EVERY == 0:
             check()

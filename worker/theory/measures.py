@@ -26,6 +26,7 @@ ITEMS: Final = 250  # classified with each set of prompts
 TOP: Final = (1, 3)
 MARGIN_BATCH: Final = 64
 MARGIN_BATCHES: Final = 20
+SCORES_AT_ONCE: Final = 1 << 21
 SEED_OF_TESTS: Final = 1_000_003
 """Added to the seed of training: tests draw other data."""
 
@@ -99,12 +100,16 @@ def excess(generator: Generator, encoders: Encoders, batch_size: int, seed: int,
     the difference varies far less than the loss.
     """
     rng = np.random.default_rng(SEED_OF_TESTS + seed)
-    total = 0.0
-    num_batches = max(1, num_pairs // batch_size)
-    for _ in range(num_batches):
-        pairs = generator.draw(batch_size, rng)
-        logits = encoders.scale * encoders.scores(pairs.x, pairs.y)
-        same = (pairs.z[:, None] == pairs.z).sum(1).double().log()
-        for each in (logits, logits.T):
-            total += float((each.logsumexp(1) - each.diagonal() - same).mean())
-    return total / num_batches
+    at_once = max(1, SCORES_AT_ONCE // batch_size**2)
+    left = max(1, num_pairs // batch_size)
+    found: list[Tensor] = []
+    while left > 0:
+        num = min(left, at_once)
+        left -= num
+        pairs = generator.draw(num * batch_size, rng)
+        logits = encoders.scale * encoders.batch_scores(pairs, batch_size)
+        z = pairs.z.unflatten(0, (num, batch_size))
+        same = (z[:, :, None] == z[:, None]).sum(2).double().log()
+        positive = logits.diagonal(dim1=1, dim2=2)
+        found += [(each.logsumexp(2) - positive - same).mean(1) for each in (logits, logits.mT)]
+    return 2 * float(torch.cat(found).mean())
