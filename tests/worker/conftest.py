@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 _CHECKED = [
     "worker.composition",
+    "worker.learning.critics",
     "worker.learning.losses",
     "worker.learning.model",
     "worker.learning.ragged",

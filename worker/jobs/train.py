@@ -29,7 +29,7 @@ from worker.learning.compiling import compile_towers
 from worker.learning.device import be_deterministic, blaming, choose_device, precision_of
 from worker.learning.encoding import BatchEncoder, Pace
 from worker.learning.finetuning import build_learner, inherited, published, read_donors, take_over, tokenisers_of
-from worker.learning.heldout import final_metrics
+from worker.learning.heldout import final_metrics, loss_floors
 from worker.learning.model import build_tokenisers, save_model, vocab_sizes
 from worker.learning.reading import open_pairs
 
@@ -67,6 +67,7 @@ def run(args: TrainArgs, ctx: Context) -> TrainResult:  # noqa: PLR0915 - one lo
     tokenisers = build_tokenisers(recipe, files)
     pairs = open_pairs(recipe, datasets, tokenisers, budget.batch_size)
     names = [pair_name(*pair.modalities) for pair in recipe.pairs]
+    floors = loss_floors(recipe, pairs)
 
     # Model and optimiser
     torch.manual_seed(recipe.seed)
@@ -117,7 +118,8 @@ def run(args: TrainArgs, ctx: Context) -> TrainResult:  # noqa: PLR0915 - one lo
                     at, first, second = next(batches)
                 a, b = recipe.pairs[at].modalities
                 side_a, side_b = encode(a, first), encode(b, second)
-                loss = losses.info_nce(side_a.z, side_b.z, model.scale(a, b))
+                config = recipe.loss_of(recipe.pairs[at])
+                loss = losses.compute(config, side_a.z, side_b.z, model.scale(a, b), model.bias(a, b))
                 optimiser.zero_grad()
                 loss.backward()
                 side_a.backward()
@@ -142,10 +144,17 @@ def run(args: TrainArgs, ctx: Context) -> TrainResult:  # noqa: PLR0915 - one lo
                 )
                 if position.step % budget.log_every == 0 or position.step == budget.steps:
                     figures = pace.look(position.step, budget.batch_size)
-                    metrics |= {f"loss/{name}": total / num for name, (total, num) in position.recent.items()}
+                    means = {name: total / num for name, (total, num) in position.recent.items()}
+                    metrics |= {f"loss/{name}": mean for name, mean in means.items()}
+                    metrics |= {
+                        f"loss_above_floor/{name}": mean - floors[name]
+                        for name, mean in means.items()
+                        if name in floors
+                    }
                     metrics |= {
                         f"scale/{name}": float(log_scale.detach().exp()) for name, log_scale in model.log_scales.items()
                     }
+                    metrics |= {f"bias/{name}": float(bias.detach()) for name, bias in model.biases.items()}
                     metrics |= {"learning_rate": rate, "grad_norm": norm_value} | figures
                     saved.tell(position.step, dict(metrics))
                     ctx.progress(position.step, budget.steps, (budget.steps - position.step) / figures["steps_per_s"])
@@ -159,6 +168,7 @@ def run(args: TrainArgs, ctx: Context) -> TrainResult:  # noqa: PLR0915 - one lo
         encoder = data.Encoder(final, device, lambda _: ctx.check())
         banks = bank.draw_banks(encoder, recipe, pairs)
         metrics |= final_metrics(encoder, pairs)
+        metrics |= {f"loss_floor/{name}": least for name, least in floors.items()}
         metrics["trained_s"] = position.trained_s
     except Interrupted:
         saved.save(model, optimiser, position, device, metrics)

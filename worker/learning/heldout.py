@@ -1,4 +1,4 @@
-"""What a training run says about itself at its end: a look at held-out data, and how low its loss could get at all."""
+"""What a training run says about itself beside its loss: a look at held-out data, and how low it could get at all."""
 
 from __future__ import annotations
 
@@ -16,25 +16,27 @@ if TYPE_CHECKING:
     from jaxtyping import Int64
     from torch import Tensor
 
+    from service.contract.recipe import Recipe
+
 MAX_SAMPLES: Final = 1000
 
 
 def final_metrics(encoder: Encoder, pairs: Sequence[PairData]) -> dict[str, float]:
-    """Return `holdout_recall@1/a->b` for every pair that has held-out samples, and `loss_floor/a+b`.
+    """Return `holdout_recall@1/a->b` for every pair that has held-out samples.
 
     Where several data sets join the same two modalities, the figures are the means over the data sets.
     """
     figures: dict[str, list[float]] = {}
     for pair in pairs:
-        name = pair_name(*pair.modalities)
-        figures.setdefault(f"loss_floor/{name}", []).append(_floor(pair))
         indices = draw(pair.dataset.samples, "holdout", MAX_SAMPLES, seed=0)
         if len(indices) < 2:
             continue
         z = [encoder(source, indices) for source in pair.sources]
         for source, target in ((0, 1), (1, 0)):
             partners = payload_classes(pair.dataset, pair.modalities[target], indices)
-            recall, _ = retrieval.at_ks(retrieval.by_cosine(z[source], z[target]), partners, partners, [1])
+            recall, _ = retrieval.at_ks(
+                retrieval.by_critic(encoder.model.critic, z[source], z[target]), partners, partners, [1]
+            )
             direction = f"{pair.modalities[source]}->{pair.modalities[target]}"
             figures.setdefault(f"holdout_recall@1/{direction}", []).append(recall[1])
     return {name: sum(values) / len(values) for name, values in figures.items()}
@@ -45,10 +47,22 @@ def payload_classes(dataset: Dataset, modality: str, indices: Int64[np.ndarray, 
     return retrieval.classes([dataset.samples.digest(modality, index) for index in indices.tolist()])[0]
 
 
-def _floor(pair: PairData) -> float:
-    """Return the floor of the pair's loss: that of the modality that repeats itself more."""
-    floors: list[float] = []
-    for modality in pair.modalities:
-        classes = payload_classes(pair.dataset, modality, pair.indices)
-        floors.append(losses.floor(pair.batch_size, np.bincount(classes.numpy())))
-    return max(floors)
+def loss_floors(recipe: Recipe, pairs: Sequence[PairData]) -> dict[str, float]:
+    """Return the floor of each pair's loss, by the pair's name: that of the modality that repeats itself more.
+
+    Where several data sets join the same two modalities, it is their mean by weight. A loss without a known floor is
+    left out.
+    """
+    found: dict[str, list[tuple[float, float]]] = {}
+    for config, pair in zip(recipe.pairs, pairs, strict=True):
+        for_each = [
+            losses.floor(recipe.loss_of(config), pair.batch_size, np.bincount(classes.numpy()))
+            for classes in (payload_classes(pair.dataset, modality, pair.indices) for modality in pair.modalities)
+        ]
+        known = [least for least in for_each if least is not None]
+        if known:
+            found.setdefault(pair_name(*pair.modalities), []).append((max(known), config.weight))
+    return {
+        name: sum(least * weight for least, weight in each) / sum(weight for _, weight in each)
+        for name, each in found.items()
+    }

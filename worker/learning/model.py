@@ -1,4 +1,4 @@
-"""The model: {modality: tokens} -> {modality: unit vectors}, and its life as a directory (safetensors, never pickle).
+"""The model: tokens of each modality to vectors of one space; and its life as a directory (safetensors, never pickle).
 
     recipe.json             verbatim
     model.safetensors       weights, the towers' fixed first steps included; low-rank updates are merged into their
@@ -23,14 +23,13 @@ import torch
 from jaxtyping import Float
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.nn import functional
 
-from service.contract.losses import InfoNCE, KSample, Loss, Scaled, Sigmoid, Square
+from service.contract.losses import Critic, InfoNCE, KSample, Loss, Scaled, Sigmoid, Square
 from service.contract.recipe import Recipe, pair_name
 from service.contract.tokens import tokenise
 from service.contract.tokens.text import FILE as TOKENISER_FILE
 from service.contract.tokens.tokenise import Tokeniser
-from worker.learning import towers
+from worker.learning import critics, towers
 from worker.learning.device import Precision
 from worker.learning.ragged import Ragged
 from worker.learning.tensors import save_tensors
@@ -48,12 +47,16 @@ class Bank:
 
 @final
 class MultiTower(nn.Module):
-    """One tower per modality in a shared space, and a learned logit scale per pair of modalities."""
+    """One tower per modality in a shared space, and per pair of modalities a learned logit scale.
+
+    Pairs that are trained with the sigmoid loss have a learned bias too; the others have none.
+    """
 
     def __init__(self, recipe: Recipe, vocab_sizes: Mapping[str, int]) -> None:
         """Build the towers of a recipe; `vocab_sizes` gives the alphabet of each modality whose tokens are ids."""
         super().__init__()
         self.dimensions = recipe.dimensions
+        self.critic: Critic = recipe.critic
         self.precision: Precision = recipe.precision
         self.towers = {
             name: towers.build(tower, vocab_sizes.get(name), recipe.dimensions)
@@ -72,19 +75,36 @@ class MultiTower(nn.Module):
                 for name, loss in sorted(losses.items())
             }
         )
+        self.biases = nn.ParameterDict(
+            {
+                name: nn.Parameter(torch.tensor(loss.init_bias))
+                for name, loss in sorted(losses.items())
+                if isinstance(loss, Sigmoid)
+            }
+        )
         self._max_scales = {name: loss.max_scale for name, loss in losses.items() if isinstance(loss, Scaled)}
 
     def encode(self, modality: str, batch: Ragged) -> Float[Tensor, "item dim"]:
-        """Encode items to unit vectors, float32; the sequences of one item are averaged as unit vectors."""
-        z = functional.normalize(self.towers[modality](batch).float(), dim=-1)
+        """Encode items to vectors, float32: unit vectors if the critic is the cosine, else as the tower gives them.
+
+        The sequences of one item are averaged as such vectors.
+        """
+        z = critics.prepare(self.critic, self.towers[modality](batch).float())
         if batch.owners is None:
             return z
-        sums = z.new_zeros(batch.num_items, z.shape[1]).index_add(0, batch.owners.to(z.device), z)
-        return functional.normalize(sums, dim=-1)
+        owners = batch.owners.to(z.device)
+        sums = z.new_zeros(batch.num_items, z.shape[1]).index_add(0, owners, z)
+        if self.critic == "cosine":
+            return critics.prepare(self.critic, sums)
+        return sums / owners.bincount(minlength=batch.num_items)[:, None]
 
     def scale(self, first: str, second: str) -> Float[Tensor, ""]:
         """Return the logit scale of a trained pair, in either order."""
         return self.log_scales[pair_name(first, second)].exp()
+
+    def bias(self, first: str, second: str) -> Float[Tensor, ""] | None:
+        """Return the bias of a pair that was trained with the sigmoid loss, in either order; None for other pairs."""
+        return self.biases.get(pair_name(first, second), None)
 
     def is_trained(self, first: str, second: str) -> bool:
         """Tell whether this pair of modalities was trained together."""
@@ -177,6 +197,8 @@ def save_model(
         "modalities": {name: tower.tokens.model_dump(mode="json") for name, tower in recipe.towers.items()},
         "dimensions": recipe.dimensions,
         "logit_scales": {name: float(log_scale.detach().exp()) for name, log_scale in model.log_scales.items()},
+        "logit_biases": {name: float(bias.detach()) for name, bias in model.biases.items()},
+        "critic": model.critic,
         "pairs": [name.split("+") for name in model.log_scales],
         "banks": {
             name: {"size": len(next(iter(bank.vectors.values()))), "items": bool(bank.items)}

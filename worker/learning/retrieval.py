@@ -9,6 +9,9 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
+from service.contract.losses import Critic
+from worker.learning import critics
+
 Scorer = Callable[[slice], Float[Tensor, "query target"]]
 """Scores a block of the queries against all targets."""
 
@@ -83,9 +86,9 @@ def at_ks(
     )
 
 
-def by_cosine(z_query: Float[Tensor, "query dim"], z_target: Float[Tensor, "target dim"]) -> Scorer:
-    """Score by the cosine of unit vectors."""
-    return lambda block: z_query[block] @ z_target.T
+def by_critic(critic: Critic, z_query: Float[Tensor, "query dim"], z_target: Float[Tensor, "target dim"]) -> Scorer:
+    """Score as the model compares its vectors."""
+    return lambda block: critics.scores(critic, z_query[block], z_target)
 
 
 def by_nothing(num_queries: int, num_targets: int) -> Scorer:

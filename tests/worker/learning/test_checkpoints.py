@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from service.contract.errors import Conflict
+from service.contract.losses import InfoNCE
 from service.contract.recipe import Budget, Optimiser, Recipe
 from service.contract.tokens import text
 from worker.learning import checkpoints, losses, optim
@@ -41,7 +42,7 @@ class Run:
         words = Ragged(torch.randint(4, 260, (40,)), torch.full((8,), 5))
         z = self.model.encode("codes", codes), self.model.encode("text", words)
         self.optimiser.zero_grad()
-        losses.info_nce(*z, self.model.scale("codes", "text")).backward()
+        losses.compute(InfoNCE(), *z, self.model.scale("codes", "text")).backward()
         self.optimiser.step()
 
     def save(self, step: int) -> str:

@@ -90,7 +90,9 @@ def test_one_gradient_step_lowers_the_loss(recipe: MakeRecipe) -> None:
     optimiser = torch.optim.SGD(model.parameters(), lr=0.01)
 
     def loss() -> torch.Tensor:
-        return losses.info_nce(model.encode("imu", imu(32)), model.encode("codes", codes(32)), torch.tensor(10.0))
+        return losses.compute(
+            InfoNCE(), model.encode("imu", imu(32)), model.encode("codes", codes(32)), torch.tensor(10.0)
+        )
 
     before = loss()
     before.backward()

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from worker.learning.retrieval import at_ks, by_cosine, by_nothing, classes, hits_at_k
+from worker.learning.retrieval import at_ks, by_critic, by_nothing, classes, hits_at_k
 
 
 def enumerate_hits(scores: list[float], relevant: list[bool], k: int) -> tuple[float, float]:
@@ -39,14 +39,14 @@ def test_scores_that_know_nothing_get_chance_and_not_one() -> None:
 
 def test_the_right_order_gets_one() -> None:
     z = torch.eye(20)
-    recall, precision = at_ks(by_cosine(z, z), torch.arange(20), torch.arange(20), [1, 5])
+    recall, precision = at_ks(by_critic("cosine", z, z), torch.arange(20), torch.arange(20), [1, 5])
     assert recall == pytest.approx({1: 1.0, 5: 1.0})
     assert precision == pytest.approx({1: 1.0, 5: 0.2})
 
 
 def test_k_beyond_the_targets_means_all_of_them() -> None:
     z = torch.eye(3)
-    recall, precision = at_ks(by_cosine(z, z), torch.arange(3), torch.tensor([0, 1, 1]), [10])
+    recall, precision = at_ks(by_critic("cosine", z, z), torch.arange(3), torch.tensor([0, 1, 1]), [10])
     assert recall[10] == pytest.approx(2 / 3)  # nothing is of class 2
     assert precision[10] == pytest.approx((1 / 3 + 2 / 3) / 3)
 
@@ -55,7 +55,7 @@ def test_more_queries_than_fit_at_once_give_the_same() -> None:
     generator = torch.Generator().manual_seed(0)
     z_query, z_target = torch.randn(1500, 4, generator=generator), torch.randn(30, 4, generator=generator)
     labels = torch.arange(1500) % 5
-    whole, _ = at_ks(by_cosine(z_query, z_target), labels, torch.arange(30) % 5, [1])
+    whole, _ = at_ks(by_critic("cosine", z_query, z_target), labels, torch.arange(30) % 5, [1])
     hit, _ = hits_at_k(z_query @ z_target.T, labels[:, None] == torch.arange(30) % 5, 1)
     assert whole[1] == pytest.approx(float(hit.mean()))
 
