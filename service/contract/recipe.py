@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, StrictBool, StrictInt, model_validator
 
-from service.contract.losses import Critic, InfoNCE, KSample, Loss, Square
+from service.contract.losses import Critic, InfoNCE, KSample, Loss, Scaled, Sigmoid, Square
 from service.contract.towers import Tower
 from service.contract.word import Id, ModalityName, Real, Word
 
@@ -143,6 +143,16 @@ class Recipe(Word):
                 msg = (
                     f"pairs[{at}]: batch_size {batch_size} is not a multiple of candidates + 1 = {loss.candidates + 1}"
                 )
+                raise ValueError(msg)
+        return self
+
+    @model_validator(mode="after")
+    def _every_pair_teaches_something(self) -> Recipe:
+        for at, pair in enumerate(self.pairs):
+            loss = self.loss_of(pair)
+            learns_alone = isinstance(loss, Sigmoid) or (isinstance(loss, Scaled) and loss.learn_scale)
+            if all(self.towers[modality].locked for modality in pair.modalities) and not learns_alone:
+                msg = f"pairs[{at}]: both towers are locked, and no scale learns: there is nothing to train"
                 raise ValueError(msg)
         return self
 

@@ -12,6 +12,9 @@ from service.contract.recipe import Recipe
 CODES: dict[str, Any] = {"tokens": {"kind": "discrete", "vocab": 9, "max_length": 4}}
 
 
+LOCKED: dict[str, Any] = CODES | {"init_from": {"model": "m"}, "locked": True}
+
+
 def recipe(**changes: Any) -> Recipe:
     document: dict[str, Any] = {
         "towers": {"a": CODES, "b": CODES, "c": CODES},
@@ -42,6 +45,12 @@ def test_each_pair_may_have_a_loss_of_its_own() -> None:
     assert [made.loss_of(pair).kind for pair in made.pairs] == ["sigmoid", "info_nce"]
 
 
+def test_locked_towers_leave_a_scale_or_a_bias_to_learn() -> None:
+    for loss in ({"kind": "info_nce"}, {"kind": "sigmoid", "learn_scale": False}):
+        recipe(towers=dict.fromkeys("abc", LOCKED), loss=loss)
+    recipe(towers={"a": CODES, "b": LOCKED, "c": CODES}, loss={"kind": "square"})
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -53,6 +62,11 @@ def test_each_pair_may_have_a_loss_of_its_own() -> None:
         ({"towers": tower(augment={"kind": "image"})}, "does not fit discrete: use 'tokens'"),
         ({"towers": tower(positions="rotary", width=12)}, "width / heads is odd, 3"),
         ({"loss": {"kind": "square"}}, r"pairs\[0\]: square loss needs a locked tower"),
+        (
+            {"towers": dict.fromkeys("abc", LOCKED), "loss": {"kind": "info_nce", "learn_scale": False}},
+            r"pairs\[0\]: both towers are locked, and no scale learns",
+        ),
+        ({"towers": dict.fromkeys("abc", LOCKED), "loss": {"kind": "square"}}, r"pairs\[0\]: both towers are locked"),
         ({"loss": {"kind": "k_sample", "candidates": 6}}, "batch_size 128 is not a multiple of candidates"),
         (
             {
