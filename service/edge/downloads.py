@@ -17,7 +17,9 @@ from service.resources import File, FileList
 
 PIECE_BYTES: Final = 1 << 20
 RANGE: Final = re.compile(r"^bytes=(\d{0,18})-(\d{0,18})\Z")
-MEDIA_TYPES: Final = {"json": "application/json", "csv": "text/csv", "txt": "text/plain"}
+MEDIA_TYPES: Final = {"json": "application/json", "csv": "text/csv", "html": "text/html", "txt": "text/plain"}
+# Of a page of ours: it may be looked at, and what it holds can neither run, nor fetch, nor act as this site.
+PAGE_POLICY: Final = "sandbox; default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 _BYTES: Final = {"schema": {"type": "string", "format": "binary"}}
 _FILE: Final[dict[str, Any]] = dict.fromkeys(["application/octet-stream", *MEDIA_TYPES.values()], _BYTES) | {
@@ -52,11 +54,12 @@ async def send_file(service: Service, key: str, path: str, wanted_range: str | N
     if entry is None:
         raise NotFound("there is no such file", param="path")
     name = path.rpartition("/")[2]
+    is_page = name.endswith(".html")
     headers = {
         "accept-ranges": "bytes",
         "etag": f'"{entry.sha256}"',
-        "content-disposition": f'attachment; filename="{name}"',
-        "content-security-policy": "sandbox",
+        "content-disposition": f'{"inline" if is_page else "attachment"}; filename="{name}"',
+        "content-security-policy": PAGE_POLICY if is_page else "sandbox",
     }
     span = _span(wanted_range, entry.num_bytes)
     if span is None:

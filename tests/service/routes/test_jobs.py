@@ -260,6 +260,7 @@ async def test_files_are_listed_and_sent_in_ranges(api: Any, tmp_path: Any) -> N
     folder = tmp_path / "report"
     folder.mkdir()
     (folder / "report.json").write_bytes(b"0123456789")
+    (folder / "report.html").write_text("<!DOCTYPE html><title>ü</title>", encoding="utf-8")
     api.service.store.publish(folder, "reports/a/1", kind="report", id="a", body={})
     with api.service.database.engine.begin() as conn:
         row = {
@@ -269,12 +270,19 @@ async def test_files_are_listed_and_sent_in_ranges(api: Any, tmp_path: Any) -> N
             "body": {"kind": "train", "artifact": "reports/a/1"},
         }
         conn.execute(sa.insert(job_result).values(**row))
-    (file,) = (await api.get(f"{JOBS}/{job_id}/files")).json()["data"]
+    page, file = (await api.get(f"{JOBS}/{job_id}/files")).json()["data"]
     assert (file["id"], file["num_bytes"]) == ("report.json", 10)
+    shown = await api.get(f"{JOBS}/{job_id}/files/{page['id']}")
+    assert shown.text == "<!DOCTYPE html><title>ü</title>"
+    assert shown.headers["content-type"] == "text/html; charset=utf-8"
+    assert shown.headers["content-disposition"] == 'inline; filename="report.html"'
+    assert shown.headers["content-security-policy"].startswith("sandbox; default-src 'none';"), "no script, no fetch"
+    assert shown.headers["x-content-type-options"] == "nosniff"
     path = f"{JOBS}/{job_id}/files/report.json"
     whole = await api.get(path)
     assert (whole.status_code, whole.content) == (200, b"0123456789")
     assert whole.headers["content-disposition"] == 'attachment; filename="report.json"'
+    assert whole.headers["content-security-policy"] == "sandbox"
     for wanted, status, content in (
         ("bytes=2-4", 206, b"234"),
         ("bytes=7-", 206, b"789"),
