@@ -122,6 +122,7 @@ def _add_experiments(parser: argparse.ArgumentParser) -> None:
     run.add_argument("--seeds", type=_count, metavar="N", help="repetitions (each experiment's own number)")
     run.add_argument("--seed", type=int, default=0, help="of the first repetition (%(default)s)")
     run.add_argument("--quick", action="store_true", help="a tenth of the work, to see it run; asserts nothing")
+    run.add_argument("--at-once", type=_count, metavar="N", help="experiments at a time here (the cores, at most 4)")
     run.add_argument(
         "--out", type=Path, default=Path("isthmus-experiments"), help="folder for the reports (%(default)s)"
     )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import signal
 import sys
 import tempfile
@@ -18,7 +19,7 @@ import httpx
 from pydantic import ValidationError
 
 from service.client.api import Api, ApiError
-from service.client.local import run_here
+from service.client.local import Work, run_here
 from service.client.progress import Advance, progress
 from service.client.text import as_json, plain, span, table
 from service.contract.artifacts import open_store
@@ -27,6 +28,7 @@ from service.contract.jobs import ExperimentArgs, ExperimentResult
 
 TIMEOUT_S: Final = 30.0
 PATIENCE_S: Final = 600.0
+MAX_AT_ONCE: Final = 4  # each takes some 300 MiB
 REPORT: Final = "report.json"
 PAGE: Final = "report.html"
 COLUMNS: Final = ("EXPERIMENT", "FIGURE", "EXPECTED", "MEASURED", "VERDICT")
@@ -99,7 +101,7 @@ def _run(options: argparse.Namespace, chosen: Sequence[Experiment], key: str | N
     out: Path = options.out
     out.mkdir(parents=True, exist_ok=True)
     reports: list[ExperimentReport] = []
-    for files in _here(work) if options.url is None else _there(work, options.url, key):
+    for files in _here(work, options.at_once or _cores()) if options.url is None else _there(work, options.url, key):
         report = ExperimentReport.model_validate_json(files[REPORT])
         folder = out / report.experiment
         folder.mkdir(exist_ok=True)
@@ -114,7 +116,8 @@ def _run(options: argparse.Namespace, chosen: Sequence[Experiment], key: str | N
             flush=True,
         )
         reports.append(report)
-    _show(reports)
+    order = [each.name for each in chosen]  # they end in another
+    _show(sorted(reports, key=lambda report: order.index(report.experiment)))
     return 1 if any(each.verdict == "fails" for each in reports) else 0
 
 
@@ -130,19 +133,28 @@ def _work(options: argparse.Namespace, chosen: Sequence[Experiment]) -> list[Exp
         raise ApiError(msg) from error
 
 
-def _here(work: Iterable[ExperimentArgs]) -> Generator[dict[str, bytes]]:
-    """Run one after the other without a service, and yield the files of each report by name."""
-    with tempfile.TemporaryDirectory(prefix="isthmus-experiments-") as place:
+def _here(work: Sequence[ExperimentArgs], at_once: int) -> Generator[dict[str, bytes]]:
+    """Run them without a service, and yield the files of each report by name, as it is done."""
+    seconds: dict[str, float] = {args.experiment: EXPERIMENTS[args.experiment].duration_s for args in work}
+    shares = dict.fromkeys(seconds, 0.0)
+    with tempfile.TemporaryDirectory(prefix="isthmus-experiments-") as place, progress("experiments") as advance:
         folder = Path(place)
-        for args in work:
-            with progress(args.experiment) as advance:
 
-                def tell(done: float, total: float, eta_s: float, advance: Advance = advance) -> None:
-                    advance(done, total, f"runs, {span(eta_s)} left" if eta_s else "runs")
+        def tell(name: str, done: int, total: int) -> None:
+            shares[name] = done / total if total else 0.0
+            at_work = ", ".join(f"{each} {share:.0%}" for each, share in shares.items() if 0 < share < 1)
+            weighed = sum(shares[each] * seconds[each] for each in shares)
+            advance(round(100 * weighed / sum(seconds.values())), 100, f"% {at_work}")
 
-                result = ExperimentResult.model_validate(run_here(args, f"job_{args.experiment}", folder, tell))
+        jobs = [Work(args.experiment, args) for args in work]
+        for _, found in run_here(jobs, folder, at_once, tell):
             store = open_store(str(folder / "store"))
-            yield {name: store.read(result.artifact, name) for name in store.manifest(result.artifact).files}
+            artifact = ExperimentResult.model_validate(found).artifact
+            yield {each: store.read(artifact, each) for each in store.manifest(artifact).files}
+
+
+def _cores() -> int:
+    return min(MAX_AT_ONCE, len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1)
 
 
 def _there(work: Iterable[ExperimentArgs], url: str, key: str | None) -> Generator[dict[str, bytes]]:

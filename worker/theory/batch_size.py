@@ -60,8 +60,8 @@ def run(setting: Setting) -> Outcome:
     outcome.notes += [
         "The bars are ours: the paper gives the order of the batch and no figures.",
         (
-            "Beyond B = K the learning rate grows with sqrt(B / K), which favours the larger batch; it still takes fewer "
-            "steps for the same samples, and the largest ones have not converged."
+            "Beyond B = K the learning rate grows with sqrt(B / K), which favours the larger batch; it still takes "
+            "fewer steps for the same samples, and the largest ones have not converged."
         ),
         (
             "At equal steps larger batches go on to improve: they see more samples. That is a matter of optimisation "
