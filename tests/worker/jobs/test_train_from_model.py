@@ -130,6 +130,19 @@ def test_two_locked_towers_leave_a_pair_its_scale_to_learn(bench: Any, learned: 
     assert result.logit_scales["codes+text"] != pytest.approx(14.285714)
 
 
+def test_a_tower_learns_by_the_square_loss_to_give_the_vectors_of_a_locked_one(
+    bench: Any, learned: Loaded, second: Recipe
+) -> None:
+    document = second.model_dump(mode="json")
+    del document["towers"]["codes"], document["pairs"][1]
+    document |= {"loss": {"kind": "square"}, "budget": BUDGET | {"steps": 60, "log_every": 1, "checkpoint_s": 3600}}
+    result = run(bench, Recipe.model_validate(document), "job_square")
+    losses = [told["values"]["loss/imu+text"] for told in bench.said("job_square", "metric")]
+    assert sum(losses[-10:]) / 10 < 0.7 * losses[0]
+    before, after = learned.model.state_dict(), weights(bench, result)
+    assert all(torch.equal(after[name], before[name]) for name in before if name.startswith("tower_text."))
+
+
 @pytest.mark.parametrize("options", [{"positions": "rotary"}, {"pooling": "attention"}])
 def test_every_kind_of_tower_trains_and_resumes_bit_for_bit_with_checkpointed_activations(
     bench: Any, recipe: MakeRecipe, options: dict[str, Any]
