@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from safetensors import safe_open
 from torch import Tensor
 
-from service.contract.errors import Invalid, Permanent
+from service.contract.errors import Invalid, NotFound, Permanent, Transient
 from service.contract.recipe import Compute, Recipe
 from service.contract.towers import Tower, check_start
 from service.contract.word import Word
@@ -53,7 +53,8 @@ class Donor:
 def read_donors(recipe: Recipe, ctx: Context) -> dict[str, Donor]:
     """Read what the towers of a recipe start from, by modality.
 
-    Raises Permanent if a model is gone, is damaged, or its tower is not the one that the recipe describes.
+    Raises Permanent if a model is gone, is damaged, or its tower is not the one that the recipe describes; Transient if
+    it goes at this moment.
     """
     return {name: _read(name, tower, recipe, ctx) for name, tower in recipe.towers.items() if tower.init_from}
 
@@ -65,8 +66,12 @@ def _read(name: str, tower: Tower, recipe: Recipe, ctx: Context) -> Donor:
         raise Permanent(f"{at}.init_from.model: there is no model {ref} any more", code="model_not_found")
     given = ctx.inputs[ref]
     modality = tower.init_from.modality or name
-    manifest = ctx.store.manifest(given["artifact"])
-    folder = ctx.store.verified(given["artifact"])
+    try:
+        manifest = ctx.store.manifest(given["artifact"])
+        folder = ctx.store.verified(given["artifact"])
+    except (NotFound, FileNotFoundError) as error:
+        # A checkpoint that its own run has pruned since. There may be a newer one; if not, the next claim says so.
+        raise Transient(f"{at}.init_from.model: {ref} was removed before it was read", code="model_gone") from error
     if (folder / "model").is_dir():  # of a checkpoint
         folder /= "model"
     try:
@@ -82,7 +87,7 @@ def _read(name: str, tower: Tower, recipe: Recipe, ctx: Context) -> Donor:
     except Invalid as error:
         raise Permanent(f"{at}: {error.message}", code=error.code) from error
     return Donor(
-        origin=Origin(model=given["id"], digest=given["digest"], modality=modality, data=manifest.body["data"]),
+        origin=Origin(model=given["id"], digest=given["digest"], modality=modality, data=manifest.body.get("data", {})),
         weights=_weights_of(modality, other, folder / "model.safetensors"),
         tokeniser_files=read_tokenisers(folder).get(modality, {}),
         dimensions=other.dimensions,

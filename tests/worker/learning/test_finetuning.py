@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from service.contract.errors import Permanent
+from service.contract.errors import Permanent, Transient
 from service.contract.modality import TextTokens
 from service.contract.recipe import Optimiser, Recipe
 from service.contract.tokens import text
@@ -177,3 +177,12 @@ def test_a_tower_that_cannot_start_there_is_refused_by_name(
     context = trained.context(f"job_refused_{len(message)}")
     with pytest.raises(Permanent, match=message):
         read_donors(changed(recipe(), text=FROM | fields), context)
+
+
+def test_a_checkpoint_that_was_pruned_since_is_worth_another_try(recipe: MakeRecipe, trained: Any) -> None:
+    gone = trained.inputs["model_a"] | {"artifact": "checkpoints/job_x/5-1", "id": "job_x@5"}
+    trained.inputs["job_x@latest"] = gone
+    made = changed(recipe(), text={"init_from": {"model": "job_x@latest"}})
+    with pytest.raises(Transient, match="recipe.towers.text.init_from.model: job_x@latest was removed"):
+        read_donors(made, trained.context("job_pruned"))
+    del trained.inputs["job_x@latest"]
