@@ -210,7 +210,10 @@ def place(loc: tuple[str | int, ...], body: Any, *, key_expected: bool) -> str |
         return None
     if loc[0] != "body":
         return ".".join(str(part)[:MAX_PART] for part in loc[1:]) or None
-    steps = _walk(loc[1:], body, key_expected=key_expected)
+    inside = loc[1:]
+    if inside and isinstance(body, dict) and cast("dict[object, object]", body).get("kind") == inside[0]:
+        inside = inside[1:]  # the member that `kind` chose, which can have a field of its own name
+    steps = _walk(inside, body, key_expected=key_expected)
     path = ""
     for step in steps if steps is not None else ():
         path += f"[{step}]" if isinstance(step, int) else f".{step[:MAX_PART]}" if path else step[:MAX_PART]

@@ -297,3 +297,43 @@ async def test_files_are_listed_and_sent_in_ranges(api: Any, tmp_path: Any) -> N
         assert (await api.get(path, headers={"range": wanted})).status_code == 416, wanted
     for missing in ("manifest.json", "../report.json", "%2e%2e/x", "x"):
         assert (await api.get(f"{JOBS}/{job_id}/files/{missing}")).status_code == 404
+
+
+async def test_an_experiment_is_queued_in_the_lane_of_training(api: Any) -> None:
+    response = await api.post(JOBS, json={"kind": "experiment", "experiment": "square-loss", "seeds": 2, "seed": 7})
+    assert response.status_code == 202, response.text
+    created = response.json()
+    assert created["args"] == {
+        "kind": "experiment",
+        "experiment": "square-loss",
+        "seeds": 2,
+        "seed": 7,
+        "quick": False,
+    }
+    assert created["max_attempts"] == 1
+    assert [each["id"] for each in (await api.get(JOBS, params={"kind": "experiment"})).json()["data"]] == [
+        created["id"]
+    ]
+    with api.service.database.engine.connect() as conn:
+        assert conn.execute(sa.select(job.c.lane)).scalar_one() == "train"
+
+
+@pytest.mark.parametrize(
+    ("changes", "param", "words"),
+    [
+        ({"experiment": "cosine-loss"}, "experiment", "'square-loss', 'certificate', 'completeness'"),
+        ({"experiment": None}, "experiment", "'one-sided'"),
+        ({"seeds": 0}, "seeds", ""),
+        ({"seeds": 101}, "seeds", ""),
+        ({"seed": -1}, "seed", ""),
+        ({"quick": "yes"}, "quick", ""),
+        ({"device": "cuda"}, "device", ""),
+    ],
+)
+async def test_an_experiment_that_there_is_not_is_refused_with_those_that_there_are(
+    api: Any, changes: dict[str, Any], param: str, words: str
+) -> None:
+    response = await api.post(JOBS, json={"kind": "experiment", "experiment": "certificate"} | changes)
+    assert response.status_code == 422
+    assert response.json()["error"]["param"] == param
+    assert words in response.json()["error"]["message"]
