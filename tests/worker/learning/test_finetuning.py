@@ -183,6 +183,6 @@ def test_a_checkpoint_that_was_pruned_since_is_worth_another_try(recipe: MakeRec
     gone = trained.inputs["model_a"] | {"artifact": "checkpoints/job_x/5-1", "id": "job_x@5"}
     trained.inputs["job_x@latest"] = gone
     made = changed(recipe(), text={"init_from": {"model": "job_x@latest"}})
-    with pytest.raises(Transient, match="recipe.towers.text.init_from.model: job_x@latest was removed"):
+    with pytest.raises(Transient, match=r"recipe\.towers\.text\.init_from\.model: job_x@latest was removed"):
         read_donors(made, trained.context("job_pruned"))
     del trained.inputs["job_x@latest"]
