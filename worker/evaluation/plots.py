@@ -20,6 +20,7 @@ BLUE: Final = "#2563a8"
 RED: Final = "#c2410c"
 GREY: Final = "#9ca3af"
 SIZE_INCHES: Final = (4.2, 2.9)
+AXES: Final = (0.17, 0.16, 0.8, 0.68)  # fixed: fitting them to their labels takes three times as long
 _STYLE: Final[Any] = {
     "svg.fonttype": "none",  # text stays text: a third of the size
     "svg.hashsalt": "report",  # the same numbers give the same bytes
@@ -46,9 +47,9 @@ def draw(paint: Callable[[Any], None]) -> str:
     from matplotlib.figure import Figure  # noqa: PLC0415
 
     with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=SIZE_INCHES, layout="constrained")
+        figure = Figure(figsize=SIZE_INCHES)
         FigureCanvasSVG(figure)
-        paint(figure.add_subplot())
+        paint(figure.add_axes(AXES))
         out = io.BytesIO()
         figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     return "data:image/svg+xml;base64," + base64.b64encode(out.getvalue()).decode()

@@ -87,7 +87,7 @@ MARGINS: Final = {
     "temperature changes no margin of vectors that are there, only that of training does",
     "hardest": "score of the partner less that of the highest-scoring negative",
     "mean_negative": "score of the partner less the mean score of the negatives. When the temperature of training "
-    "falls, it can fall while the hardest margin rises (Chen et al. 2024, section 6, is about the latter)",
+    "falls, it can fall while the hardest margin rises",
     "positive_share": "share of the queries whose partner scores above every negative",
     "quantiles": "of the hardest margin",
     "histogram": "of the hardest margin: counts between edges",

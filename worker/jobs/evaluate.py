@@ -53,6 +53,7 @@ def run(args: EvaluateArgs, ctx: Context) -> EvaluateResult:
                 for one in scope.evaluated
             },
             "retrieval": [],
+            "zero_shot": [],
             **_measure(scope),
             "left_out": scope.left_out,
         }
