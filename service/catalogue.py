@@ -16,6 +16,7 @@ import anyio.to_thread
 from pydantic import TypeAdapter
 
 from service.contract.errors import Invalid, IsthmusError, NotFound, Unavailable
+from service.contract.losses import Critic
 from service.contract.manifest import Manifest
 from service.contract.modality import (
     AudioTokens,
@@ -80,6 +81,16 @@ class Model:
                 code="pair_not_trained",
             )
         return float(scale)
+
+    @property
+    def critic(self) -> Critic:
+        """How two vectors are compared."""
+        return self.body.get("critic", "cosine")
+
+    def bias(self, first: str, second: str) -> float | None:
+        """Return the bias of a pair that was trained with the sigmoid loss; None for other pairs."""
+        bias = self.body.get("logit_biases", {}).get(pair_name(first, second))
+        return None if bias is None else float(bias)
 
     def has_bank(self, first: str, second: str) -> bool:
         """Tell whether the model keeps a bridge bank of a trained pair."""

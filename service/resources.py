@@ -9,6 +9,7 @@ import sqlalchemy as sa
 from pydantic import Field
 
 from service.contract.jobs import POLICIES, Reject, Status, status_of
+from service.contract.losses import Critic
 from service.contract.modality import TokeniserConfig
 from service.contract.tables import alias, job, job_progress, job_result, owned
 from service.contract.word import Word
@@ -171,7 +172,15 @@ class Model(Word):
     modalities: list[str]
     pairs: Annotated[list[list[str]], Field(description="modalities that were trained together")]
     dimensions: int
+    critic: Annotated[
+        Critic,
+        Field(
+            description="how two vectors are compared: cosine (all have unit length), dot, squared_distance "
+            "(-1/2 |a - b|^2; these two have vectors of any length)"
+        ),
+    ]
     logit_scales: Annotated[dict[str, float], Field(description="by pair, a+b")]
+    logit_biases: Annotated[dict[str, float], Field(description="by pair; of those trained with the sigmoid loss")]
     metrics: dict[str, float]
     state: Annotated[Literal["ready", "checkpoint"], Field(description="checkpoint: of a job, may be pruned")]
     job_id: str | None
@@ -310,7 +319,9 @@ def model_of(row: sa.Row[Any], aliases: list[str]) -> Model:
         modalities=sorted(info["modalities"]),
         pairs=[name.split("+") for name in sorted(info["logit_scales"])],
         dimensions=info["dimensions"],
+        critic=info.get("critic", "cosine"),
         logit_scales=info["logit_scales"],
+        logit_biases=info.get("logit_biases", {}),
         metrics=info["metrics"],
         state="ready",
         job_id=row.job_id,

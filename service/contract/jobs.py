@@ -12,6 +12,7 @@ from pydantic import Field, StrictBool, StrictInt, TypeAdapter, field_validator,
 from typing_extensions import TypedDict
 
 from service.contract.experiments import EXPERIMENTS, ExperimentName, Verdict
+from service.contract.losses import Critic
 from service.contract.recipe import Budget, Recipe
 from service.contract.word import Id, ModalityName, Name, Real, Text, Word
 
@@ -30,7 +31,7 @@ class Input(TypedDict):
 
 
 class Holdout(Word):
-    """The share of a data set that training never sees."""
+    """The part of a data set that training never sees: a share of it, or the groups that are named."""
 
     fraction: Annotated[Real, Field(ge=0, lt=1)] = 0.0
     seed: Annotated[StrictInt, Field(ge=0, le=2**31)] = 0
@@ -41,6 +42,24 @@ class Holdout(Word):
             max_length=200,
         ),
     ] = None
+    groups: Annotated[
+        list[Text] | None,
+        Field(
+            description="values of group_by: all of these groups and nothing else is held out; takes no fraction",
+            min_length=1,
+            max_length=1000,
+        ),
+    ] = None
+
+    @model_validator(mode="after")
+    def _groups_are_drawn_or_named(self) -> Holdout:
+        if self.groups is not None and self.group_by is None:
+            msg = "groups are values of a metadata field: name it in group_by"
+            raise ValueError(msg)
+        if self.groups is not None and self.fraction > 0:
+            msg = "fraction draws the groups and groups names them: give one of the two"
+            raise ValueError(msg)
+        return self
 
 
 class IngestArgs(Word):
@@ -264,6 +283,10 @@ class TrainResult(Word):
     logit_scales: Annotated[
         dict[str, float], Field(description="pair -> scale, pairs named a+b in order of the alphabet")
     ]
+    logit_biases: Annotated[
+        dict[str, float], Field(default_factory=dict, description="of pairs trained with the sigmoid loss")
+    ]
+    critic: Critic = "cosine"
     metrics: dict[str, float]
     digest: str
     num_bytes: int

@@ -26,13 +26,15 @@ class EmbeddingsRequest(Word):
         Field(description="what the strings of `input` are (URIs or base64 for media); one for all, or one for each"),
     ] = None
     encoding_format: Literal["float", "base64"] = "float"
-    dimensions: Annotated[StrictInt | None, Field(ge=1, description="cut to the first n, then normalise again")] = None
+    dimensions: Annotated[
+        StrictInt | None, Field(ge=1, description="cut to the first n; unit vectors are normalised again")
+    ] = None
     truncate: Annotated[StrictBool, Field(description="cut text that is too long instead of refusing it")] = False
     user: Annotated[StrictStr | None, Field(description="accepted and ignored")] = None
 
 
 class Embedding(Word):
-    """One vector: unit length, or base64 of little-endian float32."""
+    """One vector, of unit length if the model's critic is the cosine; or base64 of little-endian float32."""
 
     object: Literal["embedding"] = "embedding"
     index: int
@@ -104,7 +106,7 @@ class ClassifyRequest(Word):
         Literal["score", "embedding"],
         Field(
             description="score: log mean exp over a label's prompts, the estimator of the theory (Oko et al. 2025); "
-            "embedding: mean of the prompts' unit vectors (CLIP)"
+            "embedding: mean of the prompts' vectors (CLIP), normalised again if they are unit vectors"
         ),
     ] = "score"
     prior: Annotated[

@@ -44,7 +44,7 @@ class EmbedCall(Word):
 
     Tensors: `values` (token) ids or (token, dim) vectors, all sequences end to end; `lengths` (sequence,) int32;
     `owners` (sequence,) int32, the item that each belongs to, ascending. Answer: `vectors` (item, dimensions) float32,
-    unit length: the mean of an item's unit vectors, normalised again.
+    the mean of an item's vectors; of unit vectors, normalised again, if the model's critic is the cosine.
     """
 
     op: Literal["embed"] = "embed"

@@ -100,7 +100,7 @@ class Gateway:
     async def embed(
         self, model: ModelRef, modality: str, sequences: list[list[np.ndarray]]
     ) -> tuple[Float32[np.ndarray, "item dim"], Timings]:
-        """Embed items, each a list of token sequences of one modality, to unit vectors.
+        """Embed items, each a list of token sequences of one modality.
 
         Raises what the model says of an item (`item` is its place), NotFound for a model that is not in the store,
         TooMany if too many items wait, Unavailable if no worker answers in time.

@@ -67,7 +67,7 @@ class Timings:
 
 @dataclass(frozen=True)
 class Encoded:
-    """Vectors of items, unit length, in the order of the items."""
+    """Vectors of items as the model compares them (unit length for the cosine), in the order of the items."""
 
     vectors: Float32[np.ndarray, "item dim"]
     modalities: list[str]
@@ -200,15 +200,21 @@ def _tokenise_one(
         modality, raw = read_item(item, modality_hint=hint, modalities=model.modalities, limits=limits)
         if isinstance(raw, Raw):
             return Tokenised(modality, model.tokenisers[modality](raw, truncate=truncate))
-        return Tokenised(modality, [], _unit(raw, model.dimensions))
+        return Tokenised(modality, [], _prepared(raw, model))
     except IsthmusError as error:
         raise error.at(at, index) from None
 
 
-def _unit(values: np.ndarray, dimensions: int) -> Float32[np.ndarray, " dim"]:
-    if len(values) != dimensions:
-        raise Invalid(f"a vector of {len(values)} values; the model's have {dimensions}", param="embedding")
+def _prepared(values: np.ndarray, model: Model) -> Float32[np.ndarray, " dim"]:
+    if len(values) != model.dimensions:
+        raise Invalid(f"a vector of {len(values)} values; the model's have {model.dimensions}", param="embedding")
     wide = values.astype(np.float64)
+    if model.critic != "cosine":
+        with np.errstate(over="ignore"):
+            narrow = wide.astype(np.float32)
+        if not np.isfinite(narrow).all():
+            raise Invalid("a vector holds finite values, of float32's range", param="embedding")
+        return narrow
     length = float(np.sqrt(np.sum(wide * wide)))
     if not (np.isfinite(length) and length > 0):
         raise Invalid("a vector needs a direction: finite values, not all of them zero", param="embedding")

@@ -1,12 +1,17 @@
 """Zero-shot classification: any modality against labels that nobody trained.
 
-The logit of label c for item x, with the trained scale s of the pair of modalities and prompts m = 1..M of c:
+The logit of label c for item x and prompts m = 1..M of c, where f(x, z) = scale * critic(z_x, z) + bias. The critic is
+the model's (cosine, inner product or -1/2 squared distance), the scale that of the pair of modalities, the bias that of
+a pair trained with the sigmoid loss, else 0:
 
-    score ensemble       log (1/M) sum_m exp(s <z_x, z_m>)          (Oko et al. 2025; the default)
-    embedding ensemble   s <z_x, z>, z the unit mean of the z_m     (CLIP)
+    score ensemble       log (1/M) sum_m exp f(x, z_m)                             (Oko et al. 2025; the default)
+    embedding ensemble   f(x, z), z the mean of the z_m, of unit length for cosine (CLIP)
 
-The score of c is the softmax over labels of logit + log prior. With `multi_label` each label is judged on its own: the
-sigmoid of its logit minus the log mean exp of all other labels' prompts, plus its prior's log odds if one is given.
+The score of c is the softmax over labels of logit + log prior. With `multi_label` each label is judged on its own:
+- where all pairs were trained with the sigmoid loss and no prior is given, by that loss's own yes or no, the sigmoid of
+  the logit (Zhai et al. 2023): the odds among as many negatives as a training batch held;
+- else against the others, since other losses leave the logit's offset free: the sigmoid of its logit minus the log mean
+  exp of all other labels' prompts, plus its prior's log odds if one is given.
 """
 
 from __future__ import annotations
@@ -26,6 +31,7 @@ from service.contract.operations import ClassifyRequest, ClassifyResponse
 from service.contract.settings import Settings
 from service.deps import Inferrer, Running, Service
 from service.edge.problems import documented
+from service.inference import critics
 from service.inference.answers import check_matches, respond
 from service.inference.hangups import InferenceRoute
 from service.inference.inputs import Timings, encode, listed, places
@@ -78,9 +84,11 @@ async def create(service: Running, caller: Inferrer, body: ClassifyRequest) -> R
         if body.ensemble == "score":
             logits = log_sums - np.log(prompts.counts)
         else:
-            means, of = _mean_prompts(z_prompts, modalities, prompts)
+            means, of = _mean_prompts(model, z_prompts, modalities, prompts)
             logits = _scaled(model, found.vectors, found.modalities, means, of)
-        if body.multi_label:
+        if body.multi_label and body.prior is None and _says_yes_or_no(model, found.modalities, modalities):
+            scores = 1.0 / (1.0 + np.exp(np.clip(-logits, -700.0, 700.0)))
+        elif body.multi_label:
             scores = _alone(logits, log_sums, prompts, log_prior if body.prior is not None else None)
         else:
             scores = _softmax(logits + log_prior)
@@ -191,20 +199,28 @@ def _scaled(
     z_prompts: Float32[np.ndarray, "prompt dim"],
     prompt_modalities: list[str],
 ) -> Float64[np.ndarray, "item prompt"]:
-    """Return scale * cosine, the scale that of each pair of modalities.
+    """Return scale * score + bias, the scale and the bias those of each pair of modalities.
 
     Raises Invalid for a pair that was never trained.
     """
-    f = (z_items @ z_prompts.T).astype(np.float64)
+    f = critics.scores(model.critic, z_items, z_prompts)
     rows, columns = np.array(item_modalities), np.array(prompt_modalities)
     for first in dict.fromkeys(item_modalities):
         for second in dict.fromkeys(prompt_modalities):
-            f[np.ix_(rows == first, columns == second)] *= model.scale(first, second, param="labels")
+            block = np.ix_(rows == first, columns == second)
+            f[block] *= model.scale(first, second, param="labels")
+            f[block] += model.bias(first, second) or 0.0
     return f
 
 
+def _says_yes_or_no(model: Model, item_modalities: list[str], prompt_modalities: list[str]) -> bool:
+    return all(
+        model.bias(first, second) is not None for first in set(item_modalities) for second in set(prompt_modalities)
+    )
+
+
 def _mean_prompts(
-    z_prompts: Float32[np.ndarray, "prompt dim"], modalities: list[str], prompts: Prompts
+    model: Model, z_prompts: Float32[np.ndarray, "prompt dim"], modalities: list[str], prompts: Prompts
 ) -> tuple[Float32[np.ndarray, "label dim"], list[str]]:
     means: list[np.ndarray] = []
     of: list[str] = []
@@ -214,10 +230,9 @@ def _mean_prompts(
             raise Invalid(
                 "prompts of several modalities have no mean: use the score ensemble", param=f"labels.{name[:64]}"
             )
-        mean = z_prompts[start : start + count].mean(axis=0)
-        means.append(mean / max(float(np.linalg.norm(mean)), 1e-12))
+        means.append(z_prompts[start : start + count].mean(axis=0))
         of += kinds
-    return np.stack(means).astype(np.float32), of
+    return critics.prepare(model.critic, np.stack(means)), of
 
 
 def _alone(

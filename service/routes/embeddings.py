@@ -12,9 +12,11 @@ from jaxtyping import Float32
 
 from service.contract.errors import Invalid, NotFound, TooLarge, UnsupportedMedia
 from service.contract.items import EmbeddingItem
+from service.contract.losses import Critic
 from service.contract.operations import EmbeddingsRequest, EmbeddingsResponse
 from service.deps import Inferrer, Running
 from service.edge.problems import documented
+from service.inference import critics
 from service.inference.answers import respond
 from service.inference.hangups import InferenceRoute
 from service.inference.inputs import Timings, encode, listed, places
@@ -30,8 +32,10 @@ router = APIRouter(tags=["inference"], prefix="/v1", route_class=InferenceRoute)
     responses=documented(NotFound, TooLarge, UnsupportedMedia),
 )
 async def create(service: Running, caller: Inferrer, body: EmbeddingsRequest) -> Response:
-    """Embed text, images, sounds, tokens and tensors, in any mix, to unit vectors of one space.
+    """Embed text, images, sounds, tokens and tensors, in any mix, to vectors of one space.
 
+    They have unit length if the model's critic is the cosine, as it is by default. Models with the critic dot or
+    squared_distance give vectors of any length, and the length matters: compare them as `critic` says.
     `usage` counts what the model read: text ids, image patches, sound patches.
     """
     model = await service.catalogue.find(caller.tenant, body.model)
@@ -44,7 +48,7 @@ async def create(service: Running, caller: Inferrer, body: EmbeddingsRequest) ->
         raise Invalid(f"at most {model.dimensions}, the model's own", param="dimensions")
     timings = Timings()
     found = await encode(service, model, items, at, timings, hint=body.modality, truncate=body.truncate)
-    vectors = _cut(found.vectors, body.dimensions)
+    vectors = _cut(model.critic, found.vectors, body.dimensions)
 
     def entries() -> Iterator[dict[str, Any]]:
         for index, (vector, modality) in enumerate(zip(vectors, found.modalities, strict=True)):
@@ -55,13 +59,13 @@ async def create(service: Running, caller: Inferrer, body: EmbeddingsRequest) ->
     return await respond(service, entries, {"model": body.model, "usage": usage}, timings, num_values=vectors.size)
 
 
-def _cut(vectors: Float32[np.ndarray, "item dim"], dimensions: int | None) -> Float32[np.ndarray, "item dim"]:
-    """Keep the first dimensions and normalise again; a vector without length in them stays zero."""
+def _cut(
+    critic: Critic, vectors: Float32[np.ndarray, "item dim"], dimensions: int | None
+) -> Float32[np.ndarray, "item dim"]:
+    """Keep the first dimensions, normalised again for the cosine; a vector without length in them stays zero."""
     if dimensions is None or dimensions == vectors.shape[1]:
         return vectors
-    short = vectors[:, :dimensions]
-    lengths = np.linalg.norm(short, axis=1, keepdims=True)
-    return (short / np.maximum(lengths, np.finfo(np.float32).tiny)).astype(np.float32)
+    return critics.prepare(critic, vectors[:, :dimensions])
 
 
 def _base64(vector: Float32[np.ndarray, " dim"]) -> str:

@@ -14,6 +14,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from service.contract.losses import Critic
+from worker.learning import critics
+
 LOG_SMALLEST: Final = -660.0  # of a sum in float64 whose lost terms cannot matter; exp underflows at -745
 TRUSTED_SAMPLE_SIZE: Final = 10.0  # below it the numbers are biased low by nats while the order still holds
 ROWS_AT_ONCE: Final = 1 << 22  # score entries in memory while sums are taken exactly
@@ -36,10 +39,14 @@ class Marginal:
 
 
 def direct(
-    z_source: Float[Tensor, "source dim"], z_target: Float[Tensor, "target dim"]
+    critic: Critic, z_source: Float[Tensor, "source dim"], z_target: Float[Tensor, "target dim"]
 ) -> Float[Tensor, "source target"]:
-    """Compare unit vectors of one shared space by their cosine."""
-    return z_source @ z_target.T
+    """Compare vectors of one shared space as its trained pairs were compared; no scale is known for an untrained one.
+
+    That ranks as summing over the bridge would where the bridge is spread evenly over the sphere (cosine) or is normal
+    and round (squared distance), but not for inner products of vectors of different lengths (Che & Eysenbach 2025, A3).
+    """
+    return critics.scores(critic, z_source, z_target)
 
 
 def marginal(

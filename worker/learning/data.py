@@ -98,21 +98,21 @@ class Encoder:
 
     @torch.inference_mode()
     def encode(self, modality: str, batch: Ragged) -> Float[Tensor, "item dim"]:
-        """Return the unit vectors of items that are tokens already, on the CPU."""
+        """Return the vectors of items that are tokens already, on the CPU."""
         with precision_of(self.model.precision, self.device):
             return self.model.encode(modality, batch.to(self.device)).cpu()
 
     def in_batches(
         self, source: TokenSource, indices: Int64[np.ndarray, " item"], batch_size: int = ENCODE_BATCH
     ) -> Iterator[Float[Tensor, "item dim"]]:
-        """Yield the unit vectors of samples, batch by batch, on the CPU."""
+        """Yield the vectors of samples, batch by batch, on the CPU."""
         for start in range(0, len(indices), batch_size):
             chunk = indices[start : start + batch_size]
             yield self.encode(source.modality, source(chunk))
             self.after_batch(len(chunk))
 
     def __call__(self, source: TokenSource, indices: Int64[np.ndarray, " item"]) -> Float[Tensor, "item dim"]:
-        """Return the unit vectors of samples, on the CPU."""
+        """Return the vectors of samples, on the CPU."""
         return torch.cat(list(self.in_batches(source, indices)))
 
 

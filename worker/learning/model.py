@@ -110,6 +110,10 @@ class MultiTower(nn.Module):
         """Tell whether this pair of modalities was trained together."""
         return pair_name(first, second) in self.log_scales
 
+    def gives_ratios(self, first: str, second: str) -> bool:
+        """Tell whether scale * score of a trained pair is a log-ratio but for an offset: the square loss gives none."""
+        return pair_name(first, second) in self._max_scales
+
     @torch.no_grad()
     def clamp_scales(self) -> None:
         """Keep every scale at or below the largest that its loss allows."""

@@ -128,6 +128,8 @@ class Bridges:
 
 
 def _same_encoder(first: Loaded, second: Loaded, modality: str) -> bool:
+    if first.model.critic != second.model.critic:
+        return False
     one, two = (loaded.model.towers[modality].state_dict() for loaded in (first, second))
     return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
 

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any, Final, assert_never, final
 
 import numpy as np
 import torch
-from torch.nn import functional
 
 from service.contract.wire import ComposeAnswer
 from worker.composition.diagnostics import resultant, spearman
 from worker.composition.estimators import TRUSTED_SAMPLE_SIZE, direct, marginal
+from worker.learning import critics
 from worker.serving.batcher import Entry
 from worker.serving.encode import within_memory
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
 
+    from service.contract.losses import Critic
     from service.contract.wire import Arrays
 
 BLOCK_SCORES: Final = 1 << 24  # bridge by target scores that are held at once
@@ -37,17 +38,21 @@ CONCENTRATED: Final = 0.3
 @final
 @dataclass(frozen=True)
 class Compared:
-    """Vectors of a pair that was never trained, in one space: a cosine, no ratio."""
+    """Vectors of a pair that was never trained to give ratios, in one space: a score, no ratio."""
 
+    critic: Critic
+    is_trained: bool  # by regression
     bridge: Tensor | None  # of the modality between them, for the diagnostics
 
 
 @final
 @dataclass(frozen=True)
 class Trained:
-    """A trained pair: scale * cosine is a log-ratio up to an offset, which the bank gives."""
+    """A trained pair: scale * score + bias is a log-ratio up to an offset, which the bank gives."""
 
+    critic: Critic
     scale: float
+    bias: float  # 0 but for the sigmoid loss; the bank's offset holds it too
     bank: Tensor | None  # (bridge, dim), vectors of the target's modality
 
 
@@ -56,7 +61,8 @@ class Trained:
 class Summed:
     """Two trained legs, summed over a bridge; row m of both bridges is the same item."""
 
-    scales: tuple[float, float]
+    critics: tuple[Critic, Critic]
+    scales: tuple[float, float]  # biases would cancel: the offsets of both legs are removed
     bridges: tuple[Tensor, Tensor]  # (bridge, d1), (bridge, d2)
     comparable: bool  # source and target lie in one space, so that direct means something too
 
@@ -159,40 +165,44 @@ class Composer:
             num = len(self._target)
             flat = np.full(num, -math.log(num)) if self._log_prior is None else self._log_prior
             z_source, z_target = (
-                functional.normalize(torch.tensor(z, device=self.device), dim=1) for z in (self._source, self._target)
+                critics.prepare(critic, torch.tensor(z, device=self.device))
+                for critic, z in zip(_critics(self.way), (self._source, self._target), strict=True)
             )
             log_prior = torch.tensor(flat, device=self.device, dtype=torch.float64)
             self._on_device = z_source, z_target, log_prior
             # Here, since `answer` belongs to the event loop, where nobody computes.
-            self._resultant = None if (bridge := self._bridge()) is None else resultant(bridge)
+            self._resultant = (
+                None if (bridge := self._bridge()) is None else resultant(critics.prepare("cosine", bridge))
+            )
         return self._on_device
 
     def _score(self, z_source: Float[Tensor, "source d1"], z_target: Float[Tensor, "target d2"]) -> Scored:
         match self.way:
-            case Compared():
-                return Scored(direct(z_source, z_target).double(), None, None, None, None)
-            case Trained(scale=scale, bank=bank):
-                return _score_trained(scale * direct(z_source, z_target).double(), z_source, scale, bank)
+            case Compared(critic=critic):
+                return Scored(direct(critic, z_source, z_target).double(), None, None, None, None)
+            case Trained() as way:
+                return _score_trained(way, z_source, z_target)
             case Summed() as way:
                 return self._sum(way, z_source, z_target)
             case _:
                 assert_never(self.way)
 
     def _sum(self, way: Summed, z_source: Float[Tensor, "source d1"], z_target: Float[Tensor, "target d2"]) -> Scored:
-        f_source = way.scales[0] * direct(z_source, way.bridges[0])
+        f_source = way.scales[0] * critics.scores(way.critics[0], z_source, way.bridges[0])
         num_bridge = len(way.bridges[1])
         if self._f_target is None and num_bridge * len(z_target) <= BLOCK_SCORES:
-            self._f_target = way.scales[1] * direct(way.bridges[1], z_target)
+            self._f_target = way.scales[1] * critics.scores(way.critics[1], way.bridges[1], z_target)
         blocks: list[tuple[Tensor, Tensor, Tensor]] = []
         width = max(1, BLOCK_SCORES // num_bridge)
         for begin in range(0, len(z_target), width):
             f_target = self._f_target
             if f_target is None:
-                f_target = way.scales[1] * direct(way.bridges[1], z_target[begin : begin + width])
+                z = z_target[begin : begin + width]
+                f_target = way.scales[1] * critics.scores(way.critics[1], way.bridges[1], z)
             found = marginal(f_source, f_target, normalise=True)
             blocks.append((found.log_ratio, found.standard_error, found.effective_sample_size))
         log_ratio, standard_error, sizes = (torch.cat(parts, dim=1) for parts in zip(*blocks, strict=True))
-        agreement = spearman(direct(z_source, z_target), log_ratio) if way.comparable else None
+        agreement = spearman(direct(way.critics[0], z_source, z_target), log_ratio) if way.comparable else None
         return Scored(log_ratio, log_ratio, standard_error, sizes.median(1).values, agreement)
 
     def answer(self, rows: Sequence[Row]) -> tuple[dict[str, Any], Arrays]:
@@ -229,13 +239,25 @@ class Composer:
                 assert_never(self.way)
 
 
+def _critics(way: Way) -> tuple[Critic, Critic]:
+    match way:
+        case Compared(critic=critic) | Trained(critic=critic):
+            return critic, critic
+        case Summed():
+            return way.critics
+        case _:
+            assert_never(way)
+
+
 def _score_trained(
-    f: Float[Tensor, "source target"], z_source: Float[Tensor, "source dim"], scale: float, bank: Tensor | None
+    way: Trained, z_source: Float[Tensor, "source dim"], z_target: Float[Tensor, "target dim"]
 ) -> Scored:
     """Remove each source's offset, log mean e^f over the bank, from its scores (Che & Eysenbach 2025, A2)."""
+    bank = way.bank
+    f = way.scale * critics.scores(way.critic, z_source, z_target).double() + way.bias
     if bank is None:
         return Scored(f, f, None, None, None)
-    f_bank = scale * direct(z_source, bank).double()  # (source, bridge)
+    f_bank = way.scale * critics.scores(way.critic, z_source, bank).double() + way.bias  # (source, bridge)
     log_sum = torch.logsumexp(f_bank, 1)
     size = (2 * log_sum - torch.logsumexp(2 * f_bank, 1)).exp().clamp(1.0, float(len(bank)))
     log_ratio = f - (log_sum - math.log(len(bank)))[:, None]
@@ -245,9 +267,13 @@ def _score_trained(
 
 def _warnings(way: Way, length: float | None, *, trusted: bool) -> list[str]:
     match way:
-        case Compared():
+        case Compared(is_trained=True):
+            found = ["this pair was trained by regression: comparing vectors ranks, but gives no ratio"]
+        case Compared(critic=critic):
             found = ["this pair was never trained: comparing vectors ranks, but gives no ratio"]
-            if length is not None and length > CONCENTRATED:
+            if critic == "dot":
+                found.append("inner products of vectors of different lengths rank badly across a bridge: use marginal")
+            elif critic == "cosine" and length is not None and length > CONCENTRATED:
                 found.append(f"the bridge is concentrated (mean vector of length {length:.2f}): marginal ranks better")
         case Trained(bank=None):
             found = ["the model keeps no bank: the offset of each source is not removed from its log-ratios"]

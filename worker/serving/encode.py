@@ -128,7 +128,7 @@ def within_memory() -> Generator[None]:
 
 @torch.inference_mode()
 def encode(loaded: Loaded, modality: str, device: torch.device, batch: Ragged) -> torch.Tensor:
-    """Encode a batch to unit vectors (item, dimensions), float32 on the device.
+    """Encode a batch to vectors (item, dimensions), float32 on the device; of unit length for the cosine.
 
     Raises Unavailable if the device has not the memory for it.
     """

@@ -13,11 +13,13 @@ import torch
 from service.contract.errors import Invalid, Malformed
 from service.contract.recipe import pair_name
 from service.contract.wire import ComposeCall, EmbedCall
+from worker.learning import critics
 from worker.serving.batcher import Batcher, Ticket
 from worker.serving.compose import Compared, Composer, Summed, Trained, Way
 from worker.serving.encode import encode_items, entries, within_memory
 
 if TYPE_CHECKING:
+    from service.contract.recipe import Recipe
     from service.contract.wire import Arrays, ComposeLeg
     from worker.learning.model import Loaded
     from worker.serving.bridge import Bridges
@@ -83,11 +85,14 @@ async def _compose(parts: Parts, call: ComposeCall, arrays: Arrays, deadline: fl
     models = await asyncio.gather(*(parts.residency.get(leg.model) for leg in call.legs))
     legs = list(zip(call.legs, models, strict=True))
     _check_legs(legs)
-    source = _vectors(arrays, "source", legs[0][1].recipe.dimensions)
-    target = _vectors(arrays, "target", legs[-1][1].recipe.dimensions)
+    source = _vectors(arrays, "source", legs[0][1].recipe)
+    target = _vectors(arrays, "target", legs[-1][1].recipe)
     log_prior = _log_prior(arrays, len(target)) if call.log_prior else None
     way = await _way(parts, call, legs, arrays)
     if log_prior is not None and isinstance(way, Compared):
+        if way.is_trained:
+            message = "a prior weighs ratios, and a pair that was trained by regression gives none"
+            raise Invalid(message, param="prior", code="no_ratio")
         message = "a prior weighs ratios, and comparing the vectors of an untrained pair gives none"
         raise Invalid(f"{message}: use the method marginal", param="prior", code="untrained_pair")
     composer = Composer(
@@ -127,36 +132,53 @@ def _check_legs(legs: Legs) -> None:
 async def _way(parts: Parts, call: ComposeCall, legs: Legs, arrays: Arrays) -> Way:
     match call.method, legs:
         case "direct", [(leg, loaded)]:
-            if not loaded.model.is_trained(leg.from_, leg.to):
-                return Compared(bridge=None)
+            model, critic = loaded.model, loaded.model.critic
+            if not model.is_trained(leg.from_, leg.to):
+                return Compared(critic, is_trained=False, bridge=None)
+            if not model.gives_ratios(leg.from_, leg.to):
+                return Compared(critic, is_trained=True, bridge=None)
             bank = loaded.banks.get(pair_name(leg.from_, leg.to))
-            return Trained(float(loaded.model.scale(leg.from_, leg.to)), None if bank is None else bank.vectors[leg.to])
+            bias = model.bias(leg.from_, leg.to)
+            return Trained(
+                critic,
+                float(model.scale(leg.from_, leg.to)),
+                0.0 if bias is None else float(bias),
+                None if bank is None else bank.vectors[leg.to],
+            )
         case "direct", [(leg, first), (other, second)]:
             if not await parts.bridges.comparable(legs[0], legs[1]):
                 message = f"the two models encode {leg.to!r} differently, so their vectors cannot be compared"
                 raise Invalid(f"{message}: use the method marginal", param="method", code="encoders_differ")
             bank = first.banks.get(pair_name(leg.from_, leg.to))
-            return Compared(None if bank is None else bank.vectors[leg.to])
+            return Compared(first.model.critic, is_trained=False, bridge=None if bank is None else bank.vectors[leg.to])
         case "marginal", [(leg, first), (other, second)]:
+            for at, (each, loaded) in enumerate(legs):
+                if not loaded.model.gives_ratios(each.from_, each.to):
+                    message = f"{each.from_} and {each.to} were trained by regression, which gives no ratios to sum"
+                    raise Invalid(f"{message}: use the method direct", param=f"legs[{at}]", code="no_ratio")
             if call.bank:
                 bridges = await parts.bridges.between(legs[0], legs[1])
             else:
                 bridges = await asyncio.to_thread(_given_bridge, arrays, first, second, parts.device)
             scales = float(first.model.scale(leg.from_, leg.to)), float(second.model.scale(other.from_, other.to))
-            return Summed(scales, bridges, comparable=await parts.bridges.comparable(legs[0], legs[1]))
+            of_legs = first.model.critic, second.model.critic
+            return Summed(of_legs, scales, bridges, comparable=await parts.bridges.comparable(legs[0], legs[1]))
         case _:
             raise Invalid("marginal sums over what joins two legs, and there is one", param="method", code="legs")
 
 
-def _vectors(arrays: Arrays, name: str, dim: int) -> np.ndarray:
+def _vectors(arrays: Arrays, name: str, recipe: Recipe) -> np.ndarray:
     vectors = arrays.get(name)
     if vectors is None or vectors.ndim != 2 or vectors.dtype != np.float32 or not len(vectors):
         raise Malformed(f"{name} is a matrix of float32 vectors")
-    if vectors.shape[1] != dim:
+    if vectors.shape[1] != recipe.dimensions:
+        dim = recipe.dimensions
         raise Invalid(f"{name} vectors have {vectors.shape[1]} values; the model's have {dim}", param=name)
     lengths = np.linalg.norm(vectors, axis=1)
-    if len(bad := np.flatnonzero(~np.isfinite(lengths) | (lengths == 0))):
-        raise Invalid(f"{name}[{int(bad[0])}] has no direction", param=f"{name}[{int(bad[0])}]")
+    is_bad = ~np.isfinite(lengths) | (lengths == 0) if recipe.critic == "cosine" else ~np.isfinite(lengths)
+    if len(bad := np.flatnonzero(is_bad)):
+        what = "has no direction" if recipe.critic == "cosine" else "is not finite"
+        raise Invalid(f"{name}[{int(bad[0])}] {what}", param=f"{name}[{int(bad[0])}]")
     return vectors
 
 
@@ -172,10 +194,12 @@ def _log_prior(arrays: Arrays, num: int) -> np.ndarray:
 def _given_bridge(
     arrays: Arrays, first: Loaded, second: Loaded, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    left = _vectors(arrays, "bridge.0", first.recipe.dimensions)
-    right = _vectors(arrays, "bridge.1", second.recipe.dimensions)
+    left = _vectors(arrays, "bridge.0", first.recipe)
+    right = _vectors(arrays, "bridge.1", second.recipe)
     if len(left) != len(right):
         raise Malformed("bridge.0 and bridge.1 hold the same items")
     with within_memory():
-        z = [torch.nn.functional.normalize(torch.tensor(side, device=device), dim=1) for side in (left, right)]
-    return z[0], z[1]
+        return (
+            critics.prepare(first.model.critic, torch.tensor(left, device=device)),
+            critics.prepare(second.model.critic, torch.tensor(right, device=device)),
+        )

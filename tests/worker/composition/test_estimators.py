@@ -23,7 +23,7 @@ def unit(rows: int, dim: int, seed: int) -> Tensor:
 
 def test_direct_is_the_cosine() -> None:
     a, b = unit(3, 5, 0), unit(4, 5, 1)
-    torch.testing.assert_close(direct(a, b), functional.cosine_similarity(a[:, None], b[None], dim=2))
+    torch.testing.assert_close(direct("cosine", a, b), functional.cosine_similarity(a[:, None], b[None], dim=2))
 
 
 @pytest.mark.parametrize("size", [0.1, 3.0, 30.0, 300.0])
@@ -169,4 +169,4 @@ def test_over_a_concentrated_bridge_it_ranks_better_than_comparing_vectors() -> 
 
     truth = over(bridge[2000:])
     assert float(spearman(over(bridge[:2000]), truth).mean()) >= 0.98
-    assert float(spearman(direct(source, target), truth).mean()) <= 0.8
+    assert float(spearman(direct("cosine", source, target), truth).mean()) <= 0.8

@@ -322,7 +322,10 @@ def test_a_step_over_a_large_bridge_has_few_sources() -> None:
     """The scores of a step's sources against the bridge lie in memory at once, however few the targets are."""
     rng = np.random.default_rng(11)
     source, target, bridge = unit(rng, 3), unit(rng, 1), torch.zeros(1 << 20, 8)
-    for way in (Summed((1.0, 1.0), (bridge, bridge), comparable=True), Trained(1.0, bridge)):
+    for way in (
+        Summed(("cosine", "cosine"), (1.0, 1.0), (bridge, bridge), comparable=True),
+        Trained("cosine", 1.0, 0.0, bridge),
+    ):
         entries = Composer(way, source, target, log_prior=None, top_k=1, device=CPU).entries()
         per_step = 16_384 // entries[0].length
         assert per_step * len(bridge) <= 1 << 23
@@ -331,7 +334,7 @@ def test_a_step_over_a_large_bridge_has_few_sources() -> None:
 def test_what_the_memory_does_not_hold_may_be_asked_again() -> None:
     bank = torch.ones(1, 8).expand(1 << 48, 8)
     z = unit(np.random.default_rng(0), 2)
-    composer = Composer(Trained(1.0, bank), z, z, log_prior=None, top_k=1, device=CPU)
+    composer = Composer(Trained("cosine", 1.0, 0.0, bank), z, z, log_prior=None, top_k=1, device=CPU)
     with pytest.raises(Unavailable, match="has not the memory") as caught:
         composer.run([0])
     assert caught.value.code == "out_of_memory"

@@ -71,7 +71,7 @@ class _Symmetric(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         a, b, row_sums, column_sums = cast("tuple[Tensor, ...]", ctx.saved_tensors)
         sums = _Sums(ctx, a, b)
         row_shares, column_shares = (-row_sums).exp_(), (-column_sums).exp_()
@@ -107,7 +107,7 @@ class _OneSided(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         return *(None if saved is None else saved * grad for saved in ctx.saved_tensors), None, None
 
 
@@ -135,7 +135,7 @@ class _Sigmoid(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         return *(None if saved is None else saved * grad for saved in ctx.saved_tensors), None, None
 
 
@@ -173,7 +173,7 @@ class _Sums:
 
     def save(self, ctx: FunctionCtx, factor: float, *more: Tensor) -> None:
         """Keep the gradients, multiplied, for the way back."""
-        ctx.save_for_backward(*self.times(factor), *more)
+        ctx.save_for_backward(*self.times(factor), *more)  # pyright: ignore[reportArgumentType]  # it takes None
 
 
 def _exp_(tile: Tensor) -> Tensor:
