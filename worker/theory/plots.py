@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Final
 if TYPE_CHECKING:
     from service.contract.experiments import Curve
 
-COLOURS: Final = ("#0b6e99", "#c2410c", "#15803d", "#7c3aed", "#b45309", "#be185d", "#475569")
+COLOURS: Final = ("#0b6e99", "#c2410c", "#15803d", "#7c3aed")
+DASHES: Final = ("-", "--", ":")  # when the colours come round again
 
 
 def draw(curve: Curve) -> bytes:
@@ -20,10 +21,10 @@ def draw(curve: Curve) -> bytes:
     figure = Figure(figsize=(6.4, 4.0), dpi=110, layout="constrained")
     axes = figure.add_subplot()
     for at, (name, rows) in enumerate(curve.series.items()):
-        colour = COLOURS[at % len(COLOURS)]
+        colour, dashes = COLOURS[at % len(COLOURS)], DASHES[at // len(COLOURS) % len(DASHES)]
         columns = list(zip(*rows, strict=True))
         mean = [math.fsum(column) / len(column) for column in columns]
-        axes.plot(curve.x, mean, color=colour, marker="o", markersize=4, linewidth=1.6, label=name)
+        axes.plot(curve.x, mean, color=colour, linestyle=dashes, marker="o", markersize=4, linewidth=1.6, label=name)
         if len(rows) > 1:
             axes.fill_between(
                 curve.x, list(map(min, columns)), list(map(max, columns)), color=colour, alpha=0.15, linewidth=0
