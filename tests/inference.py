@@ -44,6 +44,7 @@ def _publish_model(
     keep: str = "items",
     width: int = 16,
     log_scales: dict[str, float] | None = None,
+    loss: dict[str, Any] | None = None,
 ) -> ModelRef:
     import numpy as np
     import torch
@@ -69,6 +70,7 @@ def _publish_model(
                 {"dataset": "ds_c", "modalities": ["code", "text"]},
             ],
             "dimensions": 8,
+            "loss": loss,
             "seed": seed,
         }
     )

@@ -10,12 +10,10 @@ from typing import get_args
 
 import pytest
 import torch
-from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 
 from service.contract.losses import Critic
-from worker.learning import critics
 from worker.learning.losses import contrast, tiled
 
 CRITICS: tuple[Critic, ...] = get_args(Critic)
@@ -172,11 +170,3 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert int(done.stdout) < 100_000  # KiB
-
-
-def test_scores_of_paired_rows_are_the_diagonal() -> None:
-    for critic in CRITICS:
-        a, b, _, _ = leaves(critic, 6, 6)
-        torch.testing.assert_close(critics.scores(critic, a, b).diagonal(), critics.paired_scores(critic, a, b))
-        as_row: Float[Tensor, "column dim"] = b[None].expand(3, -1, -1)[0]
-        torch.testing.assert_close(critics.scores(critic, a, as_row), critics.scores(critic, a, b))
