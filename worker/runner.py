@@ -18,7 +18,7 @@ import threading
 import time
 import traceback
 from types import TracebackType
-from typing import Any, Final, Literal, assert_never, final
+from typing import Any, Final, Literal, NoReturn, assert_never, final
 
 from service.contract import logs
 from service.contract.artifacts import Store, open_store
@@ -70,6 +70,7 @@ class Context:
     """What a job's `run` works with: its inputs and its store, and the way to report."""
 
     def __init__(self, task: Task, channel: Channel) -> None:
+        self.task = task
         self.job = task.job
         self.epoch = task.epoch
         self.attempt = task.attempt
@@ -81,6 +82,8 @@ class Context:
         """A folder of this attempt's own, removed afterwards."""
         self.device = task.device
         """`auto`, `cpu`, `cuda` or `cuda:N`, as configured."""
+        self.rank = task.rank
+        """Set if another runner started this one to train beside it; then nobody reads what it reports but failures."""
         self.store: Store = open_store(task.store_url)
         self._channel = channel
         self._asked: Literal["cancel", "interrupt"] | None = None
@@ -112,6 +115,12 @@ class Context:
             raise Cancelled
         if self._asked == "interrupt":
             raise Interrupted
+
+    def give_up(self, error: IsthmusError) -> NoReturn:
+        """End attempt and process with an error, from another thread: the job's own hangs where nothing reaches it."""
+        permanent = not isinstance(error, Transient | Unavailable)
+        self._channel.send(_failed(error, error.message, permanent=permanent, code=error.code))
+        os._exit(0)
 
     def ask(self, what: Literal["cancel", "interrupt"]) -> None:
         """Let the next `check` raise; a cancel is not taken back by an interrupt."""
@@ -152,6 +161,9 @@ def _attempt(task: Task, context: Context) -> dict[str, Any]:
     try:
         if not isinstance(task.args, IngestArgs):
             _load_torch(task.threads)
+        if task.rank is not None:
+            _follow(task.args, context)
+            return {"done": None}
         return {"done": _run(task.args, context).model_dump(mode="json")}
     except Cancelled:
         return {"cancelled": True}
@@ -195,6 +207,13 @@ def _run(args: Args, context: Context) -> Result:
             return experiment.run(args, context)
         case _:
             assert_never(args)
+
+
+def _follow(args: Args, context: Context) -> None:
+    from worker.jobs import train  # noqa: PLC0415
+
+    assert isinstance(args, TrainArgs), "only trainings are shared"
+    train.follow(args, context)
 
 
 def _failure_of(error: MemoryError | RuntimeError) -> Transient | None:

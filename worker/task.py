@@ -8,6 +8,15 @@ from service.contract.jobs import Input, JobArgs
 from service.contract.word import Word
 
 
+class Rank(Word):
+    """Which of several processes that train one model together this is, and how it meets the others."""
+
+    rank: int
+    size: int
+    store: Path
+    threads: int
+
+
 class Task(Word):
     """A claimed job with everything that a process without a database needs."""
 
@@ -22,3 +31,5 @@ class Task(Word):
     scratch: Path
     device: str
     threads: int
+    rank: Rank | None = None
+    """For a process that another runner started: a job begins with one."""

@@ -123,6 +123,14 @@ class Recipe(Word):
         return self
 
     @model_validator(mode="after")
+    def _devices_share_a_batch(self) -> Recipe:
+        devices, batch_size = (self.compute or Compute()).devices, (self.budget or Budget()).batch_size
+        if batch_size % devices:
+            msg = f"batch_size {batch_size} is not a multiple of compute.devices {devices}"
+            raise ValueError(msg)
+        return self
+
+    @model_validator(mode="after")
     def _losses_agree(self) -> Recipe:
         by_name: dict[str, tuple[int, Loss]] = {}
         batch_size = (self.budget or Budget()).batch_size

@@ -23,10 +23,10 @@ from service.contract.jobs import TrainArgs, TrainResult
 from service.contract.recipe import Budget, Compute, Optimiser, pair_name
 from worker import loader
 from worker.cpus import num_cpus
-from worker.learning import bank, checkpoints, data, loading, losses, optim
+from worker.learning import bank, checkpoints, data, loading, losses, optim, ranks
 from worker.learning.checkpoints import Checkpoints, Position
 from worker.learning.compiling import compile_towers
-from worker.learning.device import be_deterministic, blaming, choose_device, precision_of
+from worker.learning.device import be_deterministic, blaming, precision_of
 from worker.learning.encoding import BatchEncoder, Pace
 from worker.learning.finetuning import build_learner, inherited, published, read_donors, take_over, tokenisers_of
 from worker.learning.heldout import final_metrics, loss_floors
@@ -34,20 +34,37 @@ from worker.learning.model import build_tokenisers, save_model, vocab_sizes
 from worker.learning.reading import open_pairs
 
 if TYPE_CHECKING:
+    from worker.learning.group import Group
     from worker.runner import Context
 
 
-def run(args: TrainArgs, ctx: Context) -> TrainResult:  # noqa: PLR0915 - one loop, told in order
+def run(args: TrainArgs, ctx: Context) -> TrainResult:
     """Train, publish the model, and return what the queue writes into its row.
 
     Raises Permanent if the data do not fit the recipe or the loss stops being a number; Cancelled; Interrupted, after
-    a checkpoint was written.
+    a checkpoint was written; Transient if a process that it started is lost.
     """
+    num_ranks = (args.recipe.compute or Compute()).devices
+    with ranks.together(args, ctx, num_ranks) as (group, device):
+        result = _train(args, ctx, group, device)
+    assert result is not None, "whoever leads publishes"
+    return result
+
+
+def follow(args: TrainArgs, ctx: Context) -> None:
+    """Train beside the runner that started this one: a part of every batch, and nothing is published."""
+    num_ranks = (args.recipe.compute or Compute()).devices
+    with ranks.together(args, ctx, num_ranks) as (group, device):
+        _train(args, ctx, group, device)
+
+
+def _train(  # noqa: PLR0915 - one loop, told in order
+    args: TrainArgs, ctx: Context, group: Group, device: torch.device
+) -> TrainResult | None:
     recipe = args.recipe
     optimiser_config = recipe.optimiser or Optimiser()
     budget = recipe.budget or Budget()
     compute = recipe.compute or Compute()
-    device = choose_device(ctx.device)
     autocast = precision_of(recipe.precision, device)
     be_deterministic(device)
 
@@ -61,13 +78,17 @@ def run(args: TrainArgs, ctx: Context) -> TrainResult:  # noqa: PLR0915 - one lo
         }
         for name, dataset in datasets.items()
     }
-    start = checkpoints.find(ctx, recipe, learned_from)
-    donors = {} if start else read_donors(recipe, ctx)
-    files = start.tokeniser_files if start else data.train_tokenisers(recipe, datasets) | tokenisers_of(donors)
+    start = checkpoints.find(ctx, recipe, learned_from) if group.leads else None
+    donors = read_donors(recipe, ctx) if group.leads and start is None else {}
+    if start:
+        files = start.tokeniser_files
+    else:
+        files = data.train_tokenisers(recipe, datasets) | tokenisers_of(donors) if group.leads else {}
+    files = group.tokeniser_files(files)
     tokenisers = build_tokenisers(recipe, files)
-    pairs = open_pairs(recipe, datasets, tokenisers, budget.batch_size)
+    pairs = open_pairs(recipe, datasets, tokenisers, budget.batch_size, share=group.share)
     names = [pair_name(*pair.modalities) for pair in recipe.pairs]
-    floors = loss_floors(recipe, pairs)
+    floors = loss_floors(recipe, pairs) if group.leads else {}
 
     # Model and optimiser
     torch.manual_seed(recipe.seed)
@@ -86,18 +107,21 @@ def run(args: TrainArgs, ctx: Context) -> TrainResult:  # noqa: PLR0915 - one lo
         position = start.position.model_copy(update={"environment": environment})
         metrics |= start.metrics
     else:
-        take_over(model, donors, ctx)
-        data.measure(model, pairs, donors)
+        if group.leads:
+            take_over(model, donors, ctx)
+            data.measure(model, pairs, donors)
         init_from = {name: donor.origin for name, donor in donors.items()}
         position = Position(drawn=[0] * len(pairs), environment=environment, init_from=init_from)
+    position = group.start(model, optimiser, position)
     known_data = inherited(position.init_from) | learned_from
-    saved = Checkpoints(ctx, recipe, files, known_data, start)
+    saved = Checkpoints(ctx, recipe, files, known_data, start, leads=group.leads)
     del start, donors  # their tensors
     compile_towers(model, recipe, device, ctx)
 
     # Batches ahead
-    num_loaders = loading.num_loaders(pairs, num_cpus()) if compute.loaders is None else compute.loaders
-    told = loader.describe(recipe, datasets, tokenisers, num_loaders)
+    num_cores = num_cpus() // group.size
+    num_loaders = loading.num_loaders(pairs, num_cores) if compute.loaders is None else compute.loaders
+    told = loader.describe(recipe, datasets, tokenisers, num_loaders, group.share)
     ahead = loading.batches(pairs, position.drawn, loaders=[told] * num_loaders, check=ctx.check)
     if num_loaders:
         ctx.event("loaders", {"processes": num_loaders})
@@ -116,16 +140,19 @@ def run(args: TrainArgs, ctx: Context) -> TrainResult:  # noqa: PLR0915 - one lo
 
                 with pace.waiting():
                     at, first, second = next(batches)
+                group.seed_step(recipe.seed, position.step)
                 a, b = recipe.pairs[at].modalities
                 side_a, side_b = encode(a, first), encode(b, second)
                 config = recipe.loss_of(recipe.pairs[at])
-                loss = losses.compute(config, side_a.z, side_b.z, model.scale(a, b), model.bias(a, b))
+                every = group.gather(side_a.z, side_b.z)
+                loss = losses.compute(config, side_a.z, side_b.z, model.scale(a, b), model.bias(a, b), gathered=every)
                 optimiser.zero_grad()
                 loss.backward()
                 side_a.backward()
                 side_b.backward()
+                loss = group.average(loss, parameters)
                 norm = torch.nn.utils.clip_grad_norm_(parameters, optimiser_config.clip_norm)
-                loss_value, norm_value = torch.stack([loss.detach(), norm]).tolist()
+                loss_value, norm_value = torch.stack([loss, norm]).tolist()
                 if not math.isfinite(loss_value) or not math.isfinite(norm_value):
                     what = f"the loss is {loss_value}, the norm of its gradient {norm_value}"
                     raise Permanent(f"step {position.step + 1}, pair {names[at]}: {what}", code="not_finite")
@@ -162,6 +189,9 @@ def run(args: TrainArgs, ctx: Context) -> TrainResult:  # noqa: PLR0915 - one lo
                 if position.step < budget.steps and saved.is_due():
                     saved.save(model, optimiser, position, device, metrics)
 
+        if not group.leads:
+            return None
+
         # The bridge bank and the model, with the final weights
         model.eval()
         final = published(model, recipe, vocab_sizes(recipe, tokenisers))
@@ -195,6 +225,8 @@ def run(args: TrainArgs, ctx: Context) -> TrainResult:  # noqa: PLR0915 - one lo
         modalities=sorted(recipe.towers),
         dimensions=recipe.dimensions,
         logit_scales=body["logit_scales"],
+        logit_biases=body["logit_biases"],
+        critic=recipe.critic,
         metrics=metrics,
         digest=manifest.digest,
         num_bytes=manifest.num_bytes,

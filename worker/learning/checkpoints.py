@@ -185,11 +185,16 @@ class Checkpoints:
         data: Mapping[str, Any],
         start: Start | None,
         *,
+        leads: bool = True,
         grace_s: float = GRACE_S,
     ) -> None:
-        """Go on from `start`: what is older stays until its turn comes, what was passed over does not count."""
+        """Go on from `start`: what is older stays until its turn comes, what was passed over does not count.
+
+        Of several processes that train together only the one that leads writes any, and tells of them.
+        """
         budget = recipe.budget or Budget()
         self._ctx = ctx
+        self._leads = leads
         self._recipe = recipe
         self._tokeniser_files = tokeniser_files
         self._data = data
@@ -217,6 +222,8 @@ class Checkpoints:
 
     def tell(self, step: int, values: dict[str, float]) -> None:
         """Record figures at a step, and again after a crash that may have lost them."""
+        if not self._leads:
+            return
         self._ctx.metric(step, values)
         self._told.append((time.monotonic(), step, values))
 
@@ -238,7 +245,7 @@ class Checkpoints:
         A store that is full or away leaves an event and the checkpoints that there are: the run goes on, and tries
         again when the next one is due.
         """
-        if position.step == self._last_step:
+        if not self._leads or position.step == self._last_step:
             return
         self._remove_retired(self._grace_s)
         since = time.monotonic() - TOLD_S

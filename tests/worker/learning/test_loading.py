@@ -165,7 +165,7 @@ def test_an_item_is_altered_anew_in_every_epoch_and_read_as_it_is_otherwise(medi
 
 
 def test_more_loaders_than_rows_is_no_harm(media: Dataset) -> None:
-    two = {"budget": {"batch_size": 2}}
+    two: dict[str, Any] = {"budget": {"batch_size": 2}}
     with closing(Run(media, 3, **two).batches()) as batches, closing(Run(media, **two).batches()) as expected:
         assert same(next(batches)[1], next(expected)[1])
 
