@@ -108,8 +108,8 @@ COMPLETENESS: Final = {
 }
 ERRORS: Final = {
     "standard_error": "deviation of the samples' own figures over sqrt(n), for samples that are drawn independently; "
-    "of margins: of the batches' own means. It is 0 where all samples agree; a share of n samples may then still be off "
-    "by about 3 / n",
+    "of margins: of the batches' own means. It is 0 where all samples agree; a share of n samples may then still be "
+    "off by about 3 / n",
     "interval": "95 %: percentiles of the figure over samples drawn again with replacement",
     "left_out": "what was asked for, or could have been, and why it could not be measured",
 }

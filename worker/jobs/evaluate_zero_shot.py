@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 PROMPTS_PER_LABEL: Final = 250
 SCORES_AT_ONCE: Final = 1 << 22
-KEPT_LOGITS: Final = 1 << 24  # of all samples together, to calibrate with
+KEPT_LOGITS: Final = 1 << 23  # of all samples together, to calibrate with
 CURVE_SCORES: Final = 1 << 27  # of all draws together
 NUM_DRAWS: Final = 10
 PARTS: Final[tuple[Part, ...]] = ("zero_shot", "prompt_curve", "certificate", "calibration")

@@ -6,7 +6,7 @@ import pytest
 
 from service.contract.errors import Cancelled, Permanent
 from service.contract.jobs import EvaluateArgs
-from worker.jobs import evaluate
+from worker.jobs import evaluate, evaluate_zero_shot
 from worker.jobs.report import Report
 
 BOTH = ["ds_imu", "ds_codes"]
@@ -97,7 +97,7 @@ def test_training_data_are_refused_unless_allowed(trained: Any) -> None:
     with pytest.raises(Permanent, match="the model learned from data set ds_imu") as failure:
         run(trained, "job_refused", split="train")
     assert failure.value.code == "training_data"
-    report, _ = run(trained, "job_allowed", split="all", allow_training_data=True, max_samples=100)
+    report, _ = run(trained, "job_allowed", split="all", allow_training_data=True, max_samples=100, parts=["zero_shot"])
     assert report.zero_shot[0].prompts_overlap
     assert report.datasets["ds_codes"].num_samples == 100
 
@@ -125,7 +125,14 @@ def test_data_that_nobody_learned_from_may_be_evaluated_whole(trained: Any) -> N
     trained.publish("ds_other", {"codes": "discrete"}, rows)
     with pytest.raises(Permanent, match="ds_other has no samples in split 'holdout'"):
         run(trained, "job_empty", datasets=["ds_other"])
-    report, _ = run(trained, "job_other", datasets=["ds_imu", "ds_other"], split="all", allow_training_data=True)
+    report, _ = run(
+        trained,
+        "job_other",
+        datasets=["ds_imu", "ds_other"],
+        split="all",
+        allow_training_data=True,
+        parts=["retrieval"],
+    )
     assert not report.datasets["ds_other"].learned_from
     assert {(entry.source, entry.target) for entry in report.retrieval if entry.dataset is None} == {
         ("codes", "imu"),
@@ -133,6 +140,160 @@ def test_data_that_nobody_learned_from_may_be_evaluated_whole(trained: Any) -> N
         ("codes", "text"),
         ("text", "codes"),
     }
+
+
+def test_every_part_says_something_of_every_modality_or_why_not(
+    trained: Any, measured: tuple[Report, dict[str, float]]
+) -> None:
+    report, summary = measured
+    assert report.left_out == []
+    classified = {("imu", "ds_imu"), ("text", "ds_imu"), ("codes", "ds_codes"), ("text", "ds_codes")}
+    for entries in (report.prompt_curve, report.certificate, report.calibration, report.linear_probe):
+        assert {(entry.modality, entry.dataset) for entry in entries} == classified
+    for entries in (report.geometry, report.margins, report.completeness):
+        assert [(entry.first, entry.second, entry.trained) for entry in entries] == [
+            ("imu", "text", True),
+            ("codes", "text", True),
+        ]
+    for entry in report.certificate:
+        assert [each.r for each in entry.certificates] == [1, 5]  # of 8 labels, all are among the first 10
+        assert all(each.error.value <= each.bound.value for each in entry.certificates)
+    zero_shot = {(entry.modality, entry.dataset): entry for entry in report.zero_shot}
+    for entry in report.prompt_curve:
+        all_prompts = entry.points[-1]
+        whole = zero_shot[entry.modality, entry.dataset]
+        assert [point.num_prompts for point in entry.points] == [1, 2, 5, 10, 20, 40]
+        assert all_prompts.cross_entropy.value == pytest.approx(whole.cross_entropy)
+        assert 1 - all_prompts.error.value == pytest.approx(whole.accuracy)
+        assert whole.top is not None
+        assert whole.top[1].value == whole.accuracy
+        assert whole.top[10].value == 1
+    assert min(entry.probe.accuracy.value for entry in report.linear_probe) > 0.7
+    for entry in report.margins:
+        scales = trained.store.manifest(trained.inputs["model_a"]["artifact"]).body["logit_scales"]
+        assert entry.margins.scale == pytest.approx(scales[f"{entry.first}+{entry.second}"])
+        assert (entry.margins.classes, entry.margins.batch_size, entry.margins.num_batches) == ("label", 64, 1)
+        assert entry.margins.positive_score.value > 0.3
+    assert summary["modality_gap/imu+text"] == report.geometry[0].geometry.gap.value
+    entry = report.retrieval[0]
+    assert entry.recall_standard_error is not None
+    assert 0 < entry.recall_standard_error[1] < 0.06  # sqrt(.25 / 80)
+
+
+def test_the_page_is_beside_the_json(trained: Any, measured: tuple[Report, dict[str, float]]) -> None:
+    html = trained.store.read("reports/job_measure/1", "report.html").decode()
+    assert html.startswith("<!DOCTYPE html>")
+    assert "Evaluation of model_a" in html
+    assert "<script" not in html
+    said = [event["detail"] for event in trained.said("job_measure", "event")]
+    assert [detail["part"] for detail in said] == [
+        "retrieval",
+        "zero_shot",
+        "linear_probe",
+        "geometry",
+        "margins",
+        "completeness",
+    ]
+    counted = trained.said("job_measure", "progress")
+    assert [each["done"] for each in counted] == sorted(each["done"] for each in counted)
+    assert counted[-1]["done"] <= counted[-1]["total"] == 4 * (80 + 320 + 320)  # evaluated, prompts, probes
+
+
+def test_the_same_seed_gives_the_same_report(trained: Any) -> None:
+    parts = ["prompt_curve", "calibration", "margins", "completeness", "geometry"]
+    again = [run(trained, f"job_again{at}", datasets=["ds_codes"], parts=parts, seed=5)[0] for at in range(2)]
+    assert again[0] == again[1]
+    assert again[0].retrieval == []
+    assert again[0].zero_shot == []
+    assert again[0].linear_probe == []
+
+
+def test_blocks_change_nothing(trained: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = ["zero_shot", "prompt_curve", "calibration", "certificate"]
+    whole, _ = run(trained, "job_whole", datasets=["ds_codes"], parts=parts)
+    monkeypatch.setattr(evaluate_zero_shot, "SCORES_AT_ONCE", 2000)
+    cut, _ = run(trained, "job_cut", datasets=["ds_codes"], parts=parts)
+    assert cut.zero_shot[0].cross_entropy == pytest.approx(whole.zero_shot[0].cross_entropy, rel=1e-6)
+    assert cut.calibration[0].calibration.temperature == pytest.approx(
+        whole.calibration[0].calibration.temperature, rel=1e-4
+    )
+    for one, other in zip(cut.prompt_curve[0].points, whole.prompt_curve[0].points, strict=True):
+        assert one.cross_entropy.value == pytest.approx(other.cross_entropy.value, rel=1e-6)
+    monkeypatch.setattr(evaluate_zero_shot, "KEPT_LOGITS", 8 * 20)
+    few, _ = run(trained, "job_few", datasets=["ds_codes"], parts=["calibration"])
+    assert few.calibration[0].calibration.num_samples == 20
+
+
+def unlabelled(trained: Any, name: str, label: str) -> None:
+    from service.contract.samples import Samples
+
+    samples = Samples(trained.store.local(trained.inputs["ds_imu"]["artifact"]))
+    rows = [
+        (samples.key(at), {name: samples.payload(name, at) for name in ("imu", "text")}, label, at % 5 == 0)
+        for at in range(100)
+    ]
+    trained.publish(name, {"imu": "continuous", "text": "text"}, rows)
+
+
+@pytest.mark.parametrize("label", ["", "<b>one</b>"])
+def test_what_the_data_cannot_give_has_its_reason(trained: Any, label: str) -> None:
+    name = "ds_bare" if not label else "ds_alone"
+    unlabelled(trained, name, label)
+    report, _ = run(trained, f"job_{name}", datasets=[name])
+    missing = {"zero_shot", "prompt_curve", "certificate", "calibration", "linear_probe", "completeness"}
+    assert {each.part for each in report.left_out} == missing
+    assert all(each.dataset == name for each in report.left_out)
+    assert len(report.retrieval) == 2
+    (entry,) = report.margins
+    assert entry.margins.classes == "payload"
+    with pytest.raises(Permanent, match=r"parts: completeness cannot be measured: fewer than two labels") as failure:
+        run(trained, f"job_{name}_asked", datasets=[name], parts=["margins", "completeness"])
+    assert failure.value.code == "nothing_to_measure"
+    assert not trained.store.exists(f"reports/job_{name}_asked/1")
+
+
+def test_too_few_prompts_for_a_curve_have_their_reason(trained: Any) -> None:
+    report, _ = run(trained, "job_two", datasets=["ds_imu"], max_prompts=2, parts=["zero_shot"])
+    assert report.zero_shot[0].num_prompts == 16
+    with pytest.raises(Permanent, match=r"label 'five' has 2 prompts"):
+        run(trained, "job_curve", datasets=["ds_imu"], max_prompts=2, parts=["prompt_curve"])
+
+
+@pytest.mark.parametrize(("kind", "critic"), [("info_nce", "squared_distance"), ("sigmoid", "dot")])
+def test_every_critic_is_measured_as_it_compares(bench: Any, recipe: Any, kind: str, critic: str) -> None:
+    """Vectors without unit length: ranks, softmaxes and margins take the critic, only the geometry takes directions."""
+    from service.contract.jobs import TrainArgs
+    from worker.jobs import train
+
+    made = recipe(loss={"kind": kind, "critic": critic}, budget={"steps": 40, "batch_size": 32, "checkpoint_s": 3600})
+    bench.add_model(train.run(TrainArgs(recipe=made), bench.context("job_train")).artifact)
+    report, _ = run(bench, "job_critic")
+    assert report.critic == critic
+    assert report.left_out == []
+    for entry in report.completeness:
+        assert entry.completeness.of_bound != 1
+        assert -2 <= entry.completeness.gammas["0.0"].value <= 2
+    for entry in report.geometry:
+        assert 0 <= entry.geometry.alignment.value <= 4
+    for entry in report.certificate:
+        assert all(each.error.value <= each.bound.value for each in entry.certificates)
+    assert all(1 / 80 < entry.recall[10] <= 1 for entry in report.retrieval)
+
+
+def test_an_evaluation_can_be_cancelled_between_parts(trained: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    context = trained.context("job_between")
+    said: list[str] = []
+
+    def event(kind: str, detail: dict[str, Any]) -> None:
+        said.append(detail["part"])
+        if detail["part"] == "margins":
+            context.ask("cancel")
+
+    monkeypatch.setattr(context, "event", event)
+    with pytest.raises(Cancelled):
+        evaluate.run(EvaluateArgs(model="model_a", datasets=["ds_imu"]), context)
+    assert said[-1] == "margins"
+    assert not trained.store.exists("reports/job_between/1")
 
 
 def test_a_cancelled_evaluation_publishes_nothing(trained: Any) -> None:
