@@ -86,7 +86,7 @@ SCHEMAS: Final[dict[str, Any]] = {
             "name": {"type": "string"},
             "file": {"type": "string", "format": "binary", "description": "a .tar, .zip or .parquet file"},
             "modalities": {"type": "string", "description": "JSON: modality -> member extension or column"},
-            "holdout": {"type": "string", "description": 'JSON: {"fraction", "seed", "group_by"}'},
+            "holdout": {"type": "string", "description": 'JSON: {"fraction", "seed", "group_by", "groups"}'},
             "max_bad_fraction": {"type": "number"},
         },
     },

@@ -4,6 +4,7 @@
    medium of each is what most of them hold.
 2. Every sample is decoded in full. A bad one is left out and counted, with its key and the reason.
 3. A hash of the seed and the sample's group, or key, puts it into training or held-out data: the same one every time.
+   Groups may also be named, and a sample's own `split` decides if nothing else is asked for.
 4. More bad samples than allowed, or no good one, fail the job. Otherwise the data set is published under this attempt's
    epoch, so a retry starts from nothing and never meets what an earlier attempt left.
 """
@@ -45,6 +46,8 @@ MAX_LABELS: Final = 1000
 MAX_LABEL_BYTES: Final = 1000
 MAX_KEY_BYTES: Final = 1000
 MAX_SHOWN: Final = 300
+MAX_SHOWN_GROUP: Final = 60
+MAX_NAMED_GROUPS: Final = 20
 HELD_OUT: Final = frozenset({"holdout", "test", "validation", "val", "valid", "dev"})
 TRAINING: Final = frozenset({"train", "training", ""})
 
@@ -78,6 +81,7 @@ def run(args: IngestArgs, ctx: Context) -> IngestResult:
                 ctx.progress(intake.num_seen, None)
         found = intake.close()
     _judge(intake.num_samples, intake.num_rejected, intake.rejects, args.max_bad_fraction)
+    intake.check_groups()
     ctx.check()
     ctx.progress(intake.num_seen, intake.num_seen)
 
@@ -101,6 +105,8 @@ class Intake:
         self._writer = writer
         self._seen: set[bytes] = set()
         self._labels: set[str] = set()
+        self._unmet = set(holdout.groups or ()) if holdout else set[str]()
+        self._met: set[str] = set()
         self._statistics = Statistics(media)
 
     @property
@@ -118,6 +124,17 @@ class Intake:
                 self.rejects.append(Reject(key=_shown(raw.key, MAX_SHOWN), reason=_shown(str(refusal), MAX_SHOWN)))
         else:
             self.num_samples += 1
+
+    def check_groups(self) -> None:
+        """Check that every group that is to be held out has a good sample; raises Permanent."""
+        if self._unmet:
+            assert self._holdout is not None
+            met = ", ".join(repr(_shown(group, MAX_SHOWN_GROUP)) for group in sorted(self._met))
+            missing = _shown(min(self._unmet), MAX_SHOWN_GROUP)
+            raise Permanent(
+                f"no good sample has {missing!r} as its {self._holdout.group_by!r}; some have {met}",
+                code="no_such_group",
+            )
 
     def close(self) -> dict[str, Any]:
         """Finish the files and return what was found: the body of the manifest."""
@@ -148,6 +165,11 @@ class Intake:
         self._writer.add(raw.key, {name: checked.payload for name, checked in verdict.items()}, raw.label, held_out)
         self._statistics.add(verdict)
         self._seen.add(digest)
+        if self._unmet and self._holdout is not None:
+            group = _group(raw, self._holdout)
+            self._unmet.discard(group)
+            if len(self._met) < MAX_NAMED_GROUPS:
+                self._met.add(group)
         if raw.label and len(self._labels) < MAX_LABELS:
             self._labels.add(raw.label)
 
@@ -252,19 +274,27 @@ def _check_line(what: str, text: str, max_bytes: int) -> None:
 
 
 def _is_held_out(raw: Raw, holdout: Holdout | None) -> bool:
-    """Put a sample on its side: by hash if a fraction is asked for, otherwise by its own `split`."""
+    """Put a sample on its side: by its group if some are named, by hash if a fraction is asked for, else by `split`."""
+    if holdout is not None and holdout.groups is not None:
+        return _group(raw, holdout) in holdout.groups
     if holdout is None or holdout.fraction == 0:
         split = raw.fields.get(SPLIT, "").lower()
         if split not in HELD_OUT | TRAINING:
             raise Refused(f"split is {split!r}: train, holdout, test and validation are known")
         return split in HELD_OUT
-    group = raw.key
-    if holdout.group_by is not None:
-        if holdout.group_by not in raw.fields:
-            raise Refused(f"there is no {holdout.group_by!r} to group by")
-        group = raw.fields[holdout.group_by]
-    digest = hashlib.blake2b(f"{holdout.seed}\0{group}".encode("utf-8", "surrogateescape"), digest_size=8).digest()
+    digest = hashlib.blake2b(
+        f"{holdout.seed}\0{_group(raw, holdout)}".encode("utf-8", "surrogateescape"), digest_size=8
+    ).digest()
     return int.from_bytes(digest, "big") < holdout.fraction * 2**64
+
+
+def _group(raw: Raw, holdout: Holdout) -> str:
+    """Return what a sample is held out with; itself alone unless there are groups."""
+    if holdout.group_by is None:
+        return raw.key
+    if holdout.group_by not in raw.fields:
+        raise Refused(f"there is no {holdout.group_by!r} to group by")
+    return raw.fields[holdout.group_by]
 
 
 def _judge(num_samples: int, num_rejected: int, rejects: list[Reject], max_bad_fraction: float) -> None:

@@ -11,6 +11,7 @@ from service.contract.jobs import (
     POLICIES,
     EmbedArgs,
     EvaluateArgs,
+    Holdout,
     IngestArgs,
     JobArgs,
     JobResult,
@@ -53,6 +54,21 @@ def test_arguments_survive_their_json() -> None:
 def test_a_number_is_never_a_string_or_a_truth(number: object) -> None:
     with pytest.raises(ValidationError):
         IngestArgs.model_validate({"dataset": "ds_a", "source": "s", "max_bad_fraction": number})
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"groups": ["ann"]}, "name it in group_by"),
+        ({"groups": ["ann"], "group_by": "speaker", "fraction": 0.1}, "give one of the two"),
+        ({"groups": [], "group_by": "speaker"}, "groups"),
+        ({"groups": "ann", "group_by": "speaker"}, "groups"),
+        ({"groups": [7], "group_by": "speaker"}, "groups"),
+    ],
+)
+def test_groups_are_held_out_by_name_or_by_a_fraction(fields: dict[str, object], said: str) -> None:
+    with pytest.raises(ValidationError, match=said):
+        Holdout.model_validate(fields)
 
 
 @pytest.mark.parametrize("prompts", [{}, {"a": ["one"]}, {"a": ["one"], "b": []}])

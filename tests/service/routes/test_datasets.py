@@ -71,6 +71,7 @@ async def test_fields_of_an_upload_are_json(api: Any) -> None:
         ({"name": "n", "modalities": "{"}, 400, "modalities"),
         ({"name": "n", "modalities": '{"A B": "x"}'}, 422, "modalities.A B"),
         ({"name": "n", "max_bad_fraction": "2"}, 422, "max_bad_fraction"),
+        ({"name": "n", "holdout": '{"groups": ["ann"]}'}, 422, "holdout"),
         ({"name": "n", "tenant_id": "x"}, 422, "tenant_id"),
     ],
 )

@@ -298,6 +298,36 @@ def test_groups_stay_on_one_side(tmp_path: Path, context: MakeContext):
     assert {next(iter(side)) for side in sides.values()} == {0, 1}
 
 
+def test_named_groups_and_nothing_else_are_held_out(tmp_path: Path, context: MakeContext):
+    rows = [{"text": f"t{n}", "speaker": n % 3, "key": f"k{n}", "split": "test"} for n in range(12)]
+    rows.append({"text": "x", "key": "alone", "split": "test"})
+    (tmp_path / "x.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    ctx = context()
+    holdout = {"group_by": "speaker", "groups": ["2", "0"]}
+    result = run(ctx, tmp_path / "x.jsonl", holdout=holdout)
+    assert [reject.reason for reject in result.rejects] == ["there is no 'speaker' to group by"]
+    data = Samples(ctx.store.local(result.artifact))
+    assert {(int(data.key(at)[1:]) % 3, int(data.split[at])) for at in range(len(data))} == {(0, 1), (1, 0), (2, 1)}
+
+
+def test_a_group_to_be_held_out_that_no_good_sample_has_fails_naming_those_that_are_there(
+    tmp_path: Path, context: MakeContext
+):
+    members = [
+        (f"{n}.{part}", content)
+        for n in range(6)
+        for part, content in (
+            ("png", png(n) if n < 5 else b"broken"),
+            ("json", json.dumps({"speaker": f"s{n}"}).encode()),
+        )
+    ]
+    tar = write_tar(tmp_path / "x.tar", members)
+    for groups, missing in (["s1", "S2"], "S2"), (["s5"], "s5"):
+        with pytest.raises(Permanent, match=f"'{missing}' as its 'speaker'; some have 's0', .*'s4'$") as failure:
+            run(context(), tar, holdout={"group_by": "speaker", "groups": groups}, max_bad_fraction=0.5)
+        assert failure.value.code == "no_such_group"
+
+
 def test_a_split_in_the_source_is_kept_unless_a_fraction_is_asked_for(tmp_path: Path, context: MakeContext):
     splits = ["train", "test", "validation", "holdout", "", "Train", "elsewhere"]
     rows = [{"text": f"t{n}", "split": split} for n, split in enumerate(splits)]
