@@ -73,7 +73,7 @@ bench-serving: $(DEV_STAMP) ## Measure what a request costs beside the model
 	@$(BIN)/python -P benchmarks/serving.py
 
 bench-queue: $(BENCH_STAMP) ## Measure what a job costs beside its work, next to two other queues
-	@$(BIN)/python -P benchmarks/queue.py
+	@$(BIN)/python -m benchmarks.queue
 
 openapi: $(DEV_STAMP) ## Write docs/openapi.json anew from the app
 	@$(BIN)/isthmus openapi > docs/openapi.json.new && mv docs/openapi.json.new docs/openapi.json

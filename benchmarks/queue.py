@@ -1,4 +1,4 @@
-"""What a job costs beside its work: `make bench-queue`, or `python -P benchmarks/queue.py [--quick] [--large]`.
+"""What a job costs beside its work: `make bench-queue`, or `python -m benchmarks.queue [--quick] [--large]`.
 
 Four parts, in one run, on a PostgreSQL server of its own with fsync and synchronous_commit on, and on SQLite:
 
@@ -19,17 +19,14 @@ import collections
 import contextlib
 import importlib
 import importlib.metadata
-import json
 import os
 import platform
 import random
 import shutil
 import sqlite3
-import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, final
@@ -37,12 +34,12 @@ from typing import Any, Final, final
 import numpy as np
 import sqlalchemy as sa
 
+from benchmarks.measuring import Process, Report, interval
 from service.contract import queue, wake
 from service.contract.dialects import open_engine
 from service.contract.jobs import IngestArgs
 from service.migrate import upgrade
 
-ROOT: Final = Path(__file__).resolve().parents[1]
 NUM_WORKERS: Final = (1, 4)
 
 
@@ -69,43 +66,6 @@ PGQUEUER: Final = (
     Figure("pgqueuer, batches of 100", "pgqueuer", 100, 8192),
 )
 FIGURES: Final = (SINGLE, *PROCRASTINATE, BATCH, *PGQUEUER, SINGLE_LITE, BATCH_LITE)
-
-
-@final
-class Process:
-    """A worker process that does as it is told."""
-
-    def __init__(self, module: str, *arguments: str) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", f"benchmarks.queue_systems.{module}", *arguments],
-            env=os.environ | {"PYTHONPATH": str(ROOT)},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-
-    def say(self, **command: Any) -> None:
-        """Send a command."""
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(command) + "\n")
-        self._process.stdin.flush()
-
-    def hear(self) -> Any:
-        """Receive an answer."""
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        assert line, f"{self._process.args} ended"
-        return json.loads(line)
-
-    def ask(self, **command: Any) -> Any:
-        """Send a command and wait for its answer."""
-        self.say(**command)
-        return self.hear()
-
-    def kill(self) -> None:
-        """End it with SIGKILL."""
-        self._process.kill()
-        self._process.communicate()
 
 
 @final
@@ -139,7 +99,7 @@ class Databases:
 
     def start(self, module: str, *arguments: str) -> Process:
         """Start a process that ends with this run."""
-        process = Process(module, *arguments)
+        process = Process(f"benchmarks.queue_systems.{module}", *arguments)
         self._stack.callback(process.kill)
         return process
 
@@ -161,43 +121,6 @@ def databases() -> Generator[Databases]:
     finally:
         server.cleanup()
         shutil.rmtree(folder, ignore_errors=True)
-
-
-@final
-class Report:
-    """Prints rows, and remembers whether a bar was missed."""
-
-    def __init__(self) -> None:
-        self.missed = 0
-
-    def head(self, title: str, *columns: str) -> None:
-        """Begin a table."""
-        print(f"\n{title:<48}" + "".join(f"{column:>12}" for column in columns))
-
-    def row(self, name: str, *cells: str) -> None:
-        """Print a row."""
-        print(f"{name:<48}" + "".join(f"{cell:>12}" for cell in cells), flush=True)
-
-    def bar(self, name: str, found: tuple[float, float, float], *, least: float = 0, most: float = 0) -> None:
-        """Hold a figure's interval against its bar."""
-        middle, low, high = found
-        passed = low >= least if least else high <= most
-        limit = f">= {least:g}" if least else f"<= {most:g}"
-        self.missed += not passed
-        print(
-            f"  {name:<62}{middle:>8.3g} [{low:.3g}, {high:.3g}]  {limit:>7}  {'pass' if passed else 'MISSED'}",
-            flush=True,
-        )
-
-
-def interval(values: Sequence[float], over: Sequence[float] | None = None) -> tuple[float, float, float]:
-    """Return a median, or the ratio of two, with its bootstrap 95 % interval over rounds drawn pairwise."""
-    rng = np.random.default_rng(0)
-    a = np.array(values)
-    b = np.ones(len(a)) if over is None else np.array(over)
-    at = rng.integers(0, len(a), (4000, len(a)))
-    low, high = np.quantile(np.median(a[at], axis=1) / np.median(b[at], axis=1), [0.025, 0.975])
-    return float(np.median(a) / np.median(b)), float(low), float(high)
 
 
 def drain(workers: list[Process], figure: Figure) -> tuple[float, float]:
@@ -283,8 +206,7 @@ def claims(made: Databases, report: Report, rounds: int, num_kept: int) -> None:
     print("What the table costs, without the disk's flush at commit, which does not depend on it")
     for kind in ("postgresql", "sqlite"):
         report.bar(f"{kind}, {num_kept:,} kept, ms", interval(p50[kind, num_kept, False]), most=1.0)
-        middle, low, high = interval(p50[kind, num_kept, False], p50[kind, 0, False])
-        print(f"  {f'{kind}, {num_kept:,} kept over none':<62}{middle:>8.3g} [{low:.3g}, {high:.3g}]")
+        report.told(f"{kind}, {num_kept:,} kept over none", interval(p50[kind, num_kept, False], p50[kind, 0, False]))
 
 
 def latency(made: Databases, report: Report, rounds: int) -> None:
@@ -416,8 +338,7 @@ def main() -> None:
         }
         for name in arguments.part or parts:
             parts[name]()
-    print(f"\n{report.missed} bars missed" if report.missed else "\nevery bar held")
-    sys.exit(report.missed > 0)
+    report.end()
 
 
 if __name__ == "__main__":
