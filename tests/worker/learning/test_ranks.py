@@ -2,9 +2,12 @@ from __future__ import annotations
 
 import json
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +21,7 @@ from service.contract.jobs import TrainArgs, TrainResult
 from service.contract.recipe import Recipe
 from worker.jobs import train
 
+ROOT = Path(__file__).resolve().parents[3]
 MakeRecipe = Callable[..., Recipe]
 BUDGET = {"steps": 12, "batch_size": 16, "checkpoint_s": 0, "keep_checkpoints": 50, "log_every": 5}
 TWO = {"devices": 2, "loaders": 0}
@@ -126,6 +130,44 @@ def test_what_one_rank_cannot_read_fails_the_job_with_its_own_words(recipe: Make
     with pytest.raises(Permanent, match="sample 's0' of data set ds_bad, codes: an array is npy"):
         train.run(TrainArgs(recipe=Recipe.model_validate(document)), bench.context("job_b"))
     assert other_ranks() == []
+
+
+LEADER = """
+import json, sys
+from service.contract.jobs import TrainArgs
+from worker.jobs import train
+from worker.runner import Channel, Context
+from worker.task import Task
+task = Task.model_validate_json(sys.stdin.read())
+train.run(task.args, Context(task, Channel(1)))
+"""
+
+
+def test_whoever_leads_takes_ranks_and_loaders_with_it_when_it_is_killed(varied: Recipe, bench: Any) -> None:
+    document = varied.model_dump(mode="json")
+    document["budget"]["steps"] = 10**6
+    document["compute"]["loaders"] = 1
+    args = TrainArgs(recipe=Recipe.model_validate(document))
+    task = bench.context("job_l").task.model_copy(update={"args": args})
+    leader = subprocess.Popen(
+        [sys.executable, "-c", LEADER], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL
+    )
+    assert leader.stdin is not None
+    leader.stdin.write(task.model_dump_json().encode())
+    leader.stdin.close()
+    give_up_at = time.monotonic() + 100
+    while not bench.store.list("checkpoints/job_l"):
+        assert leader.poll() is None
+        assert time.monotonic() < give_up_at
+        time.sleep(0.1)
+    family = psutil.Process(leader.pid).children(recursive=True)
+    commands = [" ".join(one.cmdline()) for one in family]
+    assert sum("worker.runner" in command for command in commands) == 1
+    assert sum("worker.loader" in command for command in commands) == 2  # one of each rank
+    leader.kill()
+    leader.wait()
+    _, alive = psutil.wait_procs(family, timeout=10)
+    assert alive == []
 
 
 def test_more_devices_than_there_are_are_refused_with_both_numbers(
