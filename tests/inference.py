@@ -56,11 +56,13 @@ def _publish_model(
     from worker.learning.ragged import Ragged
 
     size = {"width": width, "heads": 2, "depth": 1}
+    # The square loss fits to a tower that is another model's; here that is only said.
+    locked = {"init_from": {"model": "model_x"}, "locked": True} if loss and loss["kind"] == "square" else {}
     recipe = Recipe.model_validate(
         {
             "towers": {
                 "image": size | {"tokens": {"kind": "image", "size": 8, "patch": 4, "channels": 1}},
-                "text": size | {"tokens": {"kind": "text", "method": "bytes", "vocab": 260, "max_length": 32}},
+                "text": size | locked | {"tokens": {"kind": "text", "method": "bytes", "vocab": 260, "max_length": 32}},
                 "state": size | {"tokens": {"kind": "continuous", "dim": 3, "max_length": 8}},
                 "code": size | {"tokens": {"kind": "discrete", "vocab": 50, "max_length": 64}},
             },

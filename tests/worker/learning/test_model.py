@@ -135,3 +135,24 @@ def test_nothing_in_a_model_is_a_pickle(recipe: MakeRecipe, tmp_path: Path) -> N
     save_model(build(made), tmp_path, recipe=made, tokeniser_files=FILES, banks={}, extra={})
     names = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file())
     assert names == ["model.safetensors", "recipe.json", "tokenizers/text.json"]
+
+
+@pytest.mark.parametrize("critic", ["dot", "squared_distance"])
+def test_without_the_cosine_vectors_stay_as_towers_give_them(critic: str, recipe: MakeRecipe) -> None:
+    model = build(recipe(loss={"kind": "info_nce", "critic": critic})).eval()
+    batch = imu(6, num_windows=2)
+    whole = model.encode("imu", batch)
+    each = model.towers["imu"](Ragged(batch.values, batch.lengths))
+    torch.testing.assert_close(whole, each.view(6, 2, -1).mean(1))
+    assert (whole.norm(dim=1) - 1).abs().max() > 1e-3
+
+
+def test_the_sigmoid_loss_brings_a_bias_and_others_none(recipe: MakeRecipe) -> None:
+    model = build(recipe(loss={"kind": "sigmoid"}))
+    bias = model.bias("text", "imu")
+    assert bias is not None
+    assert bias.item() == -10.0
+    assert model.bias("imu", "codes") is None
+    plain = build(recipe())
+    assert plain.bias("imu", "text") is None
+    assert not any(name.startswith("biases") for name in plain.state_dict())

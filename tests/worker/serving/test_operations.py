@@ -318,6 +318,31 @@ def test_a_prior_needs_a_ratio_to_weigh(ask: Any) -> None:
         assert caught.value.param == "prior"
 
 
+def test_a_pair_trained_by_regression_is_compared_and_never_summed(
+    ask: Any, refs: dict[str, ModelRef], models: Store, publish_model: Any
+) -> None:
+    refs["square"] = publish_model(models, "models/square/1", seed=6, loss={"kind": "square"})
+    legs = ("square", "image", "text"), ("square", "text", "state")
+    found = ask(legs[0], method="direct", arrays=GOOD)
+    assert np.isnan(found.arrays["log_ratio"]).all()
+    with pytest.raises(Invalid, match="trained by regression") as caught:
+        ask(*legs, method="marginal", arrays=GOOD)
+    assert caught.value.code == "no_ratio"
+    with pytest.raises(Invalid, match="trained by regression"):
+        ask(legs[0], method="direct", arrays=GOOD | {"log_prior": np.zeros(1, np.float32)})
+
+
+def test_only_the_cosine_needs_a_direction(
+    ask: Any, refs: dict[str, ModelRef], models: Store, publish_model: Any
+) -> None:
+    refs["dot"] = publish_model(models, "models/dot/1", seed=7, loss={"kind": "info_nce", "critic": "dot"})
+    zero = np.zeros((1, 8), np.float32)
+    found = ask(("dot", "image", "text"), ("dot", "text", "state"), method="marginal", arrays=GOOD | {"source": zero})
+    np.testing.assert_allclose(found.arrays["log_ratio"], 0, atol=1e-5)
+    with pytest.raises(Invalid, match="not finite"):
+        ask(("dot", "image", "text"), method="direct", arrays=GOOD | {"source": zero + np.float32(np.inf)})
+
+
 def test_a_step_over_a_large_bridge_has_few_sources() -> None:
     """The scores of a step's sources against the bridge lie in memory at once, however few the targets are."""
     rng = np.random.default_rng(11)
