@@ -49,6 +49,8 @@ class Api:
             "modalities": sorted(body["modalities"]),
             "dimensions": body["dimensions"],
             "logit_scales": body["logit_scales"],
+            "logit_biases": body["logit_biases"],
+            "critic": body["critic"],
             "metrics": {"loss": 1.0},
             "digest": ref.digest,
             "num_bytes": 1,
