@@ -156,9 +156,11 @@ def _classify(scope: Scope, task: Task) -> Outcome:
     kept = scope.shuffled(num_items, max(1, KEPT_LOGITS // num_labels)).sort().values
     is_kept = torch.zeros(num_items, dtype=torch.bool)
     is_kept[kept] = True
-    costs: list[Tensor] = []
-    rows: list[Tensor] = []
-    hits: dict[int, list[Tensor]] = {k: [] for k in {1, *scope.ks}}
+    # Made at once: small pieces that stay, between large ones that go, would tear the memory into holes.
+    rows = torch.empty(len(kept), num_labels, dtype=torch.float64)
+    cost = torch.empty(num_items, dtype=torch.float64)
+    hits = {k: torch.empty(num_items, dtype=torch.float64) for k in {1, *scope.ks}}
+    num_kept = 0
     at_once = max(1, SCORES_AT_ONCE // max(len(task.prompts.vectors), num_labels))
     for start in range(0, num_items, at_once):
         scope.ctx.check()
@@ -166,12 +168,14 @@ def _classify(scope: Scope, task: Task) -> Outcome:
         f = task.scale * scope.scores(task.z[block], task.prompts.vectors)
         found = log_posterior(f, task.prompts.owners, task.prompts.log_prior)
         truth = task.truth[block]
-        costs.append(certificate.log_sum_exp(found, truth))
+        cost[block] = certificate.log_sum_exp(found, truth)
         relevant = torch.arange(num_labels) == truth[:, None]
         for k, each in hits.items():
-            each.append(retrieval.hits_at_k(found, relevant, k)[0])
-        rows.append(found[is_kept[block]])
-    return Outcome(torch.cat(costs), {k: torch.cat(each) for k, each in hits.items()}, kept, torch.cat(rows))
+            each[block] = retrieval.hits_at_k(found, relevant, k)[0]
+        chosen = found[is_kept[block]]
+        rows[num_kept : num_kept + len(chosen)] = chosen
+        num_kept += len(chosen)
+    return Outcome(cost, hits, kept, rows)
 
 
 def _zero_shot(scope: Scope, task: Task, outcome: Outcome) -> ZeroShot:
