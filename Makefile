@@ -2,7 +2,7 @@
 # `make` alone lists the targets.
 
 .DEFAULT_GOAL := help
-.PHONY: help venv dev demo serve test check lint types slow gpu compose-check bench-serving bench-queue openapi clean
+.PHONY: help venv dev demo serve test check lint types slow gpu compose-check bench-serving bench-queue bench-training openapi clean
 
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -34,8 +34,10 @@ $(DEV_STAMP): $(RUN_STAMP)
 	@$(INSTALL) -e '.[dev]'
 	@touch $@
 
+# open_clip without what it asks for: of torchvision and timm the benchmark uses nothing, and an extra cannot say so.
 $(BENCH_STAMP): $(DEV_STAMP)
 	@$(INSTALL) -e '.[bench]'
+	@$(INSTALL) --no-deps open_clip_torch
 	@touch $@
 
 venv: $(RUN_STAMP) ## Install what serving, training and the demo need
@@ -74,6 +76,9 @@ bench-serving: $(DEV_STAMP) ## Measure what a request costs beside the model
 
 bench-queue: $(BENCH_STAMP) ## Measure what a job costs beside its work, next to two other queues
 	@$(BIN)/python -m benchmarks.queue
+
+bench-training: $(BENCH_STAMP) ## Measure what training costs, next to a bare loop and open_clip
+	@$(BIN)/python -m benchmarks.training
 
 openapi: $(DEV_STAMP) ## Write docs/openapi.json anew from the app
 	@$(BIN)/isthmus openapi > docs/openapi.json.new && mv docs/openapi.json.new docs/openapi.json
