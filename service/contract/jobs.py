@@ -283,9 +283,9 @@ class TrainResult(Word):
     logit_scales: Annotated[
         dict[str, float], Field(description="pair -> scale, pairs named a+b in order of the alphabet")
     ]
-    logit_biases: Annotated[
-        dict[str, float], Field(default_factory=dict, description="of pairs trained with the sigmoid loss")
-    ]
+    logit_biases: dict[str, float] = Field(
+        default_factory=dict[str, float], description="of pairs trained with the sigmoid loss"
+    )
     critic: Critic = "cosine"
     metrics: dict[str, float]
     digest: str

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from service.contract.jobs import EvaluateArgs, TrainArgs, TrainResult
+from service.contract.jobs import EvaluateArgs, Part, TrainArgs, TrainResult
 from worker.jobs import evaluate, train
 
 LOSSES: dict[str, dict[str, Any]] = {
@@ -43,7 +43,7 @@ def test_every_loss_trains_a_model_that_finds_partners_and_classifies(recipe: An
     assert result.metrics["holdout_recall@1/imu->text"] > 0.25
     floor, loss = (result.metrics[f"{figure}/imu+text"] for figure in ("loss_floor", "loss"))
     assert result.metrics["loss_above_floor/imu+text"] == pytest.approx(loss - floor)
-    parts = None if name == "sigmoid_distance" else ["retrieval", "zero_shot"]
+    parts: list[Part] | None = None if name == "sigmoid_distance" else ["retrieval", "zero_shot"]
     args = EvaluateArgs(model=f"model_{name}", datasets=["ds_imu", "ds_codes"], split="holdout", ks=[1], parts=parts)
     summary = evaluate.run(args, bench.context("job_evaluated")).summary
     assert summary
