@@ -47,6 +47,18 @@ def paired_scores(
             assert_never(critic)
 
 
+def largest_score(critic: Critic, z_a: Float[Tensor, "row dim"], z_b: Float[Tensor, "column dim"]) -> Float[Tensor, ""]:
+    """Return what no score of the two sides exceeds, whatever its sign, from the lengths of the vectors alone."""
+    length_a, length_b = (z.detach().norm(dim=1).amax() for z in (z_a, z_b))
+    match critic:
+        case "cosine" | "dot":
+            return length_a * length_b
+        case "squared_distance":
+            return (length_a + length_b).square() / 2
+        case _:
+            assert_never(critic)
+
+
 def as_inner_products(
     critic: Critic, z_a: Float[Tensor, "row dim"], z_b: Float[Tensor, "column dim"]
 ) -> tuple[Float[Tensor, "row inner"], Float[Tensor, "column inner"]]:

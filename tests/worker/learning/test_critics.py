@@ -42,3 +42,13 @@ def test_the_service_compares_as_the_worker_does(critic: Critic) -> None:
 def test_paired_scores_are_the_diagonal(critic: Critic) -> None:
     a, b = vectors(6, 1), vectors(6, 2)
     torch.testing.assert_close(critics.paired_scores(critic, a, b), critics.scores(critic, a, b).diagonal())
+
+
+@pytest.mark.parametrize("critic", CRITICS)
+def test_no_score_exceeds_the_largest(critic: Critic) -> None:
+    for seed in range(20):
+        a, b = (critics.prepare(critic, vectors(6, seed + at)) for at in (0, 100))
+        largest = critics.largest_score(critic, a, b)
+        assert critics.scores(critic, a, b).abs().max() <= largest * (1 + 1e-6)
+    z = critics.prepare(critic, vectors(1, 0))
+    torch.testing.assert_close(critics.scores(critic, z, -z).abs()[0, 0], critics.largest_score(critic, z, z))

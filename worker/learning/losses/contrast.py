@@ -26,7 +26,8 @@ def info_nce(
     """
     a, b = critics.as_inner_products(critic, z_a, z_b)
     if len(a) * len(b) > DENSE_SCORES:
-        return tiled.symmetric_info_nce(scale * a, b)
+        largest = scale.detach() * critics.largest_score(critic, z_a, z_b)
+        return tiled.symmetric_info_nce(scale * a, b, is_small=bool(largest <= tiled.SMALL))
     logits = scale * a @ b.T  # (batch, batch)
     targets = torch.arange(len(logits), device=logits.device)
     return (functional.cross_entropy(logits, targets) + functional.cross_entropy(logits.T, targets)) / 2

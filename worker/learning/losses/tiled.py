@@ -19,13 +19,19 @@ from torch.nn import functional
 TILE_CPU: Final = 1024  # rows and columns: 4 MiB, which stays in a core's cache
 TILE_DEVICE: Final = 8192  # 256 MiB, enough work for a device at a time
 LEAST_STRIP: Final = 128  # rows of a strip over all columns
+SMALL: Final = 60.0  # e^60 and e^-60, summed over any batch, divide each other without a loss in float32
 LINEAR_FROM: Final = 40.0  # softplus(x) is x from here on, in float64 too; PyTorch takes it for that from 20 on
 LOG_NOTHING: Final = -60.0  # e^-60 is lost beside 1 in float64 too; far below it numbers are denormal, and CPUs slow
 
 
-def symmetric_info_nce(a: Float[Tensor, "batch inner"], b: Float[Tensor, "batch inner"]) -> Float[Tensor, ""]:
-    """Compute InfoNCE over logits <a_i, b_j>, the mean of both directions, row i of both being one pair."""
-    return cast("Tensor", _Symmetric.apply(a, b))
+def symmetric_info_nce(
+    a: Float[Tensor, "batch inner"], b: Float[Tensor, "batch inner"], *, is_small: bool = False
+) -> Float[Tensor, ""]:
+    """Compute InfoNCE over logits <a_i, b_j>, the mean of both directions, row i of both being one pair.
+
+    `is_small` promises that no logit is beyond -`SMALL` and `SMALL`.
+    """
+    return cast("Tensor", _Symmetric.apply(a, b, is_small))
 
 
 def one_sided_info_nce(
@@ -46,14 +52,14 @@ def sigmoid_sum(
 class _Symmetric(torch.autograd.Function):
     """Two passes, four matrix products: the softmax of columns is known only after all rows were seen.
 
-    Where the vectors' lengths promise small logits, e^logit serves both directions as it is; else each direction takes
-    its largest logits off before, as one must.
+    Where the logits are small, e^logit serves both directions as it is; else each direction takes its largest logits
+    off before, as one must.
     """
 
     @staticmethod
-    def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
-        ctx.is_small = bool(a.norm(dim=1).amax() * b.norm(dim=1).amax() <= -LOG_NOTHING)
-        if ctx.is_small:
+    def forward(ctx: Any, a: Tensor, b: Tensor, is_small: bool) -> Tensor:  # noqa: FBT001
+        ctx.is_small = is_small
+        if is_small:
             row_sums, column_sums = a.new_zeros(len(a)), a.new_zeros(len(b))
             for rows, columns, tile, _ in _tiles(a, b):
                 tile.exp_()
@@ -71,7 +77,7 @@ class _Symmetric(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         a, b, row_sums, column_sums = cast("tuple[Tensor, ...]", ctx.saved_tensors)
         sums = _Sums(ctx, a, b)
         row_shares, column_shares = (-row_sums).exp_(), (-column_sums).exp_()
@@ -82,8 +88,7 @@ class _Symmetric(torch.autograd.Function):
                 _exp_(torch.sub(tile, column_sums[columns], out=spare)).add_(_exp_(tile.sub_(row_sums[rows, None])))
             sums.add(rows, columns, spare)
         sums.subtract_positives(2.0, offset=0)
-        grad_a, grad_b = sums.times(grad / (2 * len(a)))
-        return grad_a, grad_b
+        return *sums.times(grad / (2 * len(a))), None
 
 
 @final
