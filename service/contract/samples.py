@@ -167,7 +167,7 @@ class Samples:
 
     def __init__(self, folder: Path) -> None:
         self.folder = Path(folder)
-        self._arrays = _map_arrays(self.folder / "index.safetensors")
+        self._arrays = map_arrays(self.folder / "index.safetensors")
         self.split: UInt8[np.ndarray, " sample"] = self._arrays["split"]
         self._columns = {
             name.removesuffix(".shard"): tuple(
@@ -234,7 +234,7 @@ def _map_file(path: Path) -> mmap.mmap:
         return mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
 
 
-def _map_arrays(path: Path) -> dict[str, np.ndarray]:
+def map_arrays(path: Path) -> dict[str, np.ndarray]:
     """Map a safetensors file of unsigned integers; nothing is copied."""
     mapped = _map_file(path)
     (header_bytes,) = struct.unpack_from("<Q", mapped)

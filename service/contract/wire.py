@@ -52,6 +52,12 @@ class EmbedCall(Word):
     modality: str
 
 
+class SetRef(Word):
+    """An embedding set as the store knows it."""
+
+    artifact: str
+
+
 class ComposeLeg(Word):
     """One leg: the pair (from, to) of a model."""
 
@@ -64,10 +70,13 @@ class ComposeCall(Word):
     """Compose vectors that were embedded before.
 
     Tensors: `source` (source, d1) in legs[0].from, `target` (target, d2) in legs[-1].to, and, unless `bank`,
-    `bridge.0` (bridge, d1) and `bridge.1` (bridge, d2): the same bridge items under each leg's model.
+    `bridge.0` (bridge, d1) and `bridge.1` (bridge, d2): the same bridge items under each leg's model. A tensor that
+    `sets` names is not sent: it is mapped from an embedding set in the store, however large.
     Answer: `index` `score` `log_ratio` `standard_error` (source, k), `log_normaliser` (source,): log of the sum over
     all targets of prior * ratio, and the diagnostics in the document (`ComposeAnswer`). Without `log_prior` the prior
-    is uniform, 1 / targets. Where no ratio is defined, `log_ratio`, `standard_error` and `log_normaliser` are NaN.
+    is uniform, 1 / targets. If the target is a set that keeps its keys, `key.bytes` and `key.ends` have those of all
+    matches, row after row (`service.contract.vectors.Strings`). Where no ratio is defined, `log_ratio`, `standard_error` and
+    `log_normaliser` are NaN.
     """
 
     op: Literal["compose"] = "compose"
@@ -75,6 +84,7 @@ class ComposeCall(Word):
     method: Literal["direct", "marginal"]
     bank: Annotated[bool, Field(description="take the bridge from the models' banks")]
     log_prior: Annotated[bool, Field(description="`log_prior` (target,) is among the tensors")] = False
+    sets: dict[str, SetRef] = Field(default_factory=dict[str, SetRef], description="tensor -> where it lies")
     top_k: int
 
 

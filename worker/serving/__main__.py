@@ -31,6 +31,7 @@ from worker.serving.endpoint import BadEndpoint, listen
 from worker.serving.operations import Parts
 from worker.serving.residency import Residency
 from worker.serving.server import create_app
+from worker.serving.sets import Sets
 
 log = logging.getLogger("worker.serving")
 
@@ -49,8 +50,9 @@ def main() -> int:
     torch.set_num_interop_threads(1)
     batcher = Batcher(max_tokens=settings.serve_batch_tokens, max_waiting=MAX_WAITING, fatal=(torch.AcceleratorError,))
     batcher.chore(lambda: torch.set_num_threads(arguments.threads))
-    residency = Residency(open_store(arguments.store), device=device, max_bytes=settings.model_cache_bytes)
-    parts = Parts(residency, batcher, Bridges(residency, batcher, device=device), device)
+    store = open_store(arguments.store)
+    residency = Residency(store, device=device, max_bytes=settings.model_cache_bytes)
+    parts = Parts(residency, batcher, Bridges(residency, batcher, device=device), Sets(store), device)
     app = create_app(parts, timeout_s=settings.request_timeout_s, token=token)
     config = uvicorn.Config(
         app, http="httptools", log_config=None, access_log=False, timeout_keep_alive=KEEP_ALIVE_S, lifespan="on"

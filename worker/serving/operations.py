@@ -17,6 +17,7 @@ from worker.learning import critics
 from worker.serving.batcher import Batcher, Ticket
 from worker.serving.compose import Compared, Composer, Summed, Trained, Way
 from worker.serving.encode import encode_items, entries, within_memory
+from worker.serving.sets import check_vectors
 
 if TYPE_CHECKING:
     from service.contract.recipe import Recipe
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from worker.learning.model import Loaded
     from worker.serving.bridge import Bridges
     from worker.serving.residency import Residency
+    from worker.serving.sets import Sets
 
 _number: Final = count()
 Legs = list[tuple["ComposeLeg", "Loaded"]]
@@ -37,6 +39,7 @@ class Parts:
     residency: Residency
     batcher: Batcher
     bridges: Bridges
+    sets: Sets
     device: torch.device
 
 
@@ -79,30 +82,10 @@ async def _embed(parts: Parts, call: EmbedCall, arrays: Arrays, deadline: float)
     return Answer({}, {"vectors": np.stack(vectors)}, ticket.queue_ms, ticket.inference_ms)
 
 
-async def _compose(parts: Parts, call: ComposeCall, arrays: Arrays, deadline: float) -> Answer:
-    if not 1 <= len(call.legs) <= 2:
-        raise Invalid("one or two legs can be composed", param="legs", code="legs")
-    models = await asyncio.gather(*(parts.residency.get(leg.model) for leg in call.legs))
-    legs = list(zip(call.legs, models, strict=True))
-    _check_legs(legs)
-    source = _vectors(arrays, "source", legs[0][1].recipe)
-    target = _vectors(arrays, "target", legs[-1][1].recipe)
-    log_prior = _log_prior(arrays, len(target)) if call.log_prior else None
-    way = await _way(parts, call, legs, arrays)
-    if log_prior is not None and isinstance(way, Compared):
-        if way.is_trained:
-            message = "a prior weighs ratios, and a pair that was trained by regression gives none"
-            raise Invalid(message, param="prior", code="no_ratio")
-        message = "a prior weighs ratios, and comparing the vectors of an untrained pair gives none"
-        raise Invalid(f"{message}: use the method marginal", param="prior", code="untrained_pair")
-    composer = Composer(
-        way,
-        source,
-        target,
-        log_prior=log_prior,
-        top_k=call.top_k,
-        device=parts.device,
-    )
+async def _compose(parts: Parts, call: ComposeCall, sent: Arrays, deadline: float) -> Answer:
+    sets = await parts.sets.open(call.sets)
+    arrays = sent | {name: each.z for name, each in sets.items()}
+    composer = await composer_of(parts, call, arrays)
     ticket = Ticket(
         group=("compose", next(_number)),  # no two questions share anything that could be merged
         pace="compose",
@@ -111,7 +94,40 @@ async def _compose(parts: Parts, call: ComposeCall, arrays: Arrays, deadline: fl
         deadline=deadline,
     )
     document, found = composer.answer(await parts.batcher.submit(ticket))
+    if (target := sets.get("target")) is not None and target.keys is not None:
+        keys = target.keys.take(found["index"].reshape(-1))
+        found |= {"key.bytes": keys.data, "key.ends": keys.ends}
     return Answer(document, found, ticket.queue_ms, ticket.inference_ms)
+
+
+async def composer_of(parts: Parts, call: ComposeCall, arrays: Arrays) -> Composer:
+    """Return what answers a call; its tensors are those sent and those that its sets name.
+
+    Raises Invalid for what cannot be composed so, NotFound and Unavailable as `answer`.
+    """
+    if not 1 <= len(call.legs) <= 2:
+        raise Invalid("one or two legs can be composed", param="legs", code="legs")
+    models = await asyncio.gather(*(parts.residency.get(leg.model) for leg in call.legs))
+    legs = list(zip(call.legs, models, strict=True))
+    _check_legs(legs)
+    source = await _vectors(parts, call, arrays, "source", legs[0][1].recipe)
+    target = await _vectors(parts, call, arrays, "target", legs[-1][1].recipe)
+    log_prior = _log_prior(arrays, len(target)) if call.log_prior else None
+    way = await _way(parts, call, legs, arrays)
+    if log_prior is not None and isinstance(way, Compared):
+        if way.is_trained:
+            message = "a prior weighs ratios, and a pair that was trained by regression gives none"
+            raise Invalid(message, param="prior", code="no_ratio")
+        message = "a prior weighs ratios, and comparing the vectors of an untrained pair gives none"
+        raise Invalid(f"{message}: use the method marginal", param="prior", code="untrained_pair")
+    return Composer(
+        way,
+        source,
+        target,
+        log_prior=log_prior,
+        top_k=call.top_k,
+        device=parts.device,
+    )
 
 
 def _check_legs(legs: Legs) -> None:
@@ -159,7 +175,11 @@ async def _way(parts: Parts, call: ComposeCall, legs: Legs, arrays: Arrays) -> W
             if call.bank:
                 bridges = await parts.bridges.between(legs[0], legs[1])
             else:
-                bridges = await asyncio.to_thread(_given_bridge, arrays, first, second, parts.device)
+                given = [
+                    await _vectors(parts, call, arrays, f"bridge.{at}", each.recipe)
+                    for at, each in enumerate((first, second))
+                ]
+                bridges = await asyncio.to_thread(_given_bridge, given, first, second, parts.device)
             scales = float(first.model.scale(leg.from_, leg.to)), float(second.model.scale(other.from_, other.to))
             of_legs = first.model.critic, second.model.critic
             return Summed(of_legs, scales, bridges, comparable=await parts.bridges.comparable(legs[0], legs[1]))
@@ -167,18 +187,17 @@ async def _way(parts: Parts, call: ComposeCall, legs: Legs, arrays: Arrays) -> W
             raise Invalid("marginal sums over what joins two legs, and there is one", param="method", code="legs")
 
 
-def _vectors(arrays: Arrays, name: str, recipe: Recipe) -> np.ndarray:
+async def _vectors(parts: Parts, call: ComposeCall, arrays: Arrays, name: str, recipe: Recipe) -> np.ndarray:
     vectors = arrays.get(name)
     if vectors is None or vectors.ndim != 2 or vectors.dtype != np.float32 or not len(vectors):
         raise Malformed(f"{name} is a matrix of float32 vectors")
     if vectors.shape[1] != recipe.dimensions:
         dim = recipe.dimensions
         raise Invalid(f"{name} vectors have {vectors.shape[1]} values; the model's have {dim}", param=name)
-    lengths = np.linalg.norm(vectors, axis=1)
-    is_bad = ~np.isfinite(lengths) | (lengths == 0) if recipe.critic == "cosine" else ~np.isfinite(lengths)
-    if len(bad := np.flatnonzero(is_bad)):
-        what = "has no direction" if recipe.critic == "cosine" else "is not finite"
-        raise Invalid(f"{name}[{int(bad[0])}] {what}", param=f"{name}[{int(bad[0])}]")
+    if name in call.sets:
+        await parts.sets.check(call.sets[name], vectors, recipe.critic, param=name)
+    else:
+        check_vectors(vectors, recipe.critic, param=name)
     return vectors
 
 
@@ -192,10 +211,9 @@ def _log_prior(arrays: Arrays, num: int) -> np.ndarray:
 
 
 def _given_bridge(
-    arrays: Arrays, first: Loaded, second: Loaded, device: torch.device
+    given: list[np.ndarray], first: Loaded, second: Loaded, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    left = _vectors(arrays, "bridge.0", first.recipe)
-    right = _vectors(arrays, "bridge.1", second.recipe)
+    left, right = given
     if len(left) != len(right):
         raise Malformed("bridge.0 and bridge.1 hold the same items")
     with within_memory():

@@ -22,6 +22,7 @@ from worker.serving.bridge import Bridges
 from worker.serving.compose import Composer, Summed, Trained
 from worker.serving.operations import Answer, Parts, answer
 from worker.serving.residency import Residency
+from worker.serving.sets import Sets
 
 CPU = torch.device("cpu")
 
@@ -53,7 +54,7 @@ def ask(models: Store, refs: dict[str, ModelRef]) -> Iterator[Callable[..., Answ
         batcher = Batcher(max_tokens=16_384, max_waiting=100_000)
         batcher.start()
         residency = Residency(models, device=CPU, max_bytes=1 << 30)
-        parts = Parts(residency, batcher, Bridges(residency, batcher, device=CPU), CPU)
+        parts = Parts(residency, batcher, Bridges(residency, batcher, device=CPU), Sets(models), CPU)
 
         def compose(
             *legs: tuple[str, str, str], method: str, arrays: Arrays, bank: bool = True, top_k: int = 100
