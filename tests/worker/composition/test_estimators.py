@@ -43,8 +43,13 @@ def test_it_agrees_with_a_plain_loop(size: float, normalise: bool) -> None:
             size_of_sample = float(weights.sum() ** 2 / weights.square().sum())
             assert float(found.log_ratio[a, c]) == pytest.approx(float(expected), rel=1e-9, abs=1e-9)
             assert float(found.effective_sample_size[a, c]) == pytest.approx(size_of_sample, rel=1e-9)
-            error = math.sqrt(max(0.0, 1 / size_of_sample - 1 / 40))
+            change = weights / weights.sum() - 1 / 40
+            if normalise:
+                change = weights / weights.sum() - u[a].softmax(0) - v[:, c].softmax(0) + 1 / 40
+            error = float(change.square().sum().sqrt())
             assert float(found.standard_error[a, c]) == pytest.approx(error, rel=1e-6, abs=1e-7)
+            if not normalise:
+                assert error == pytest.approx(math.sqrt(max(0.0, 1 / size_of_sample - 1 / 40)), abs=1e-7)
 
 
 @pytest.mark.parametrize("normalise", [False, True])
