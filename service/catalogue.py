@@ -104,6 +104,14 @@ class Model:
         """List the modalities that were trained together with this one."""
         return [second if first == modality else first for first, second in self.pairs if modality in {first, second}]
 
+    def space(self, modality: str) -> set[str]:
+        """Return the modalities whose vectors can be added to this one's: those that trained pairs join with it."""
+        found, new = {modality}, [modality]
+        while new:
+            new = [each for each in self.partners(new.pop()) if each not in found] + new
+            found |= set(new)
+        return found
+
     def check_modality(self, modality: str, *, param: str) -> None:
         """Raise Invalid for a modality that the model does not have."""
         if modality not in self.modalities:

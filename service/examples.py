@@ -279,7 +279,7 @@ RESPONSES: Final[dict[str, Word]] = {
         data=[
             Composition(
                 index=0,
-                matches=[Match(index=41, score=4.4, log_ratio=4.4, standard_error=0.05, posterior=0.55)],
+                matches=[Match(index=41, key=None, score=4.4, log_ratio=4.4, standard_error=0.05, posterior=0.55)],
                 diagnostics=Diagnostics(
                     method="marginal",
                     reason="audio and image were never trained together; both were trained with text",

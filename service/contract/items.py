@@ -1,4 +1,4 @@
-"""The items that a request carries: text, image, audio, ready tokens, a tensor or a vector made earlier.
+"""The items that a request carries: text, image, audio, ready tokens, a tensor, a vector made earlier, a sum of such.
 
 One callable discriminator decides what an item is, so a bad item gives one error at its own place.
 """
@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, cast
 
-from pydantic import Discriminator, Field, StrictFloat, StrictInt, StrictStr, Tag
+from pydantic import Discriminator, Field, StrictFloat, StrictInt, StrictStr, Tag, model_validator
 
-from service.contract.word import ModalityName, Word
+from service.contract.word import ModalityName, Real, Word
 
 Base64 = Annotated[StrictStr, Field(description="base64, or a data: URI")]
 TokenId = Annotated[StrictInt, Field(ge=0, le=2**31 - 1)]
@@ -77,7 +77,7 @@ class EmbeddingItem(Word):
     embedding: Annotated[list[Number], Field(fail_fast=True, min_length=1, max_length=16_384)]
 
 
-def _tag(value: Any) -> str | None:
+def _plain_tag(value: Any) -> str | None:
     if isinstance(value, str):
         return "string"
     if isinstance(value, list):
@@ -98,7 +98,7 @@ def _tag(value: Any) -> str | None:
     return by_class.get(type(cast("object", value)))
 
 
-Item = Annotated[
+_Plain = (
     Annotated[StrictStr, Tag("string")]
     | Annotated[list[TokenId], Field(fail_fast=True), Tag("ids")]
     | Annotated[TextItem, Tag("text")]
@@ -106,13 +106,61 @@ Item = Annotated[
     | Annotated[AudioItem, Tag("audio")]
     | Annotated[TokensItem, Tag("tokens")]
     | Annotated[TensorItem, Tag("tensor")]
-    | Annotated[EmbeddingItem, Tag("embedding")],
+    | Annotated[EmbeddingItem, Tag("embedding")]
+)
+PlainItem = Annotated[
+    _Plain,
+    Discriminator(
+        _plain_tag,
+        custom_error_type="item",
+        custom_error_message=(
+            "a part of a sum is no sum itself: it is a string, a list of token ids, or an object with one of: "
+            "text, image, audio, tokens, tensor, embedding"
+        ),
+    ),
+]
+"""One item that has a vector of its own."""
+
+
+class SumPart(Word):
+    """A part of a sum."""
+
+    item: PlainItem
+    weight: Annotated[Real, Field(description="may be negative")] = 1.0
+
+
+class SumItem(Word):
+    """A weighted sum of the vectors of other items, of any modalities of one space; unit length again for the cosine.
+
+    A sum takes part as one modality, whose pair gives the scale. That is `modality`; where it is null, what the request
+    says its items are, or where the leg that it stands at begins or ends; else the modality that all its parts have.
+    """
+
+    sum: Annotated[list[SumPart], Field(fail_fast=True, min_length=1, max_length=64)]
+    modality: ModalityName | None = None
+
+    @model_validator(mode="after")
+    def _weighs_something(self) -> SumItem:
+        if not any(part.weight for part in self.sum):
+            msg = "all weights are zero: nothing is left of the sum"
+            raise ValueError(msg)
+        return self
+
+
+def _tag(value: Any) -> str | None:
+    if isinstance(value, SumItem) or (isinstance(value, dict) and "sum" in value):
+        return "sum"
+    return _plain_tag(value)
+
+
+Item = Annotated[
+    _Plain | Annotated[SumItem, Tag("sum")],
     Discriminator(
         _tag,
         custom_error_type="item",
         custom_error_message=(
             "an item is a string, a list of token ids, or an object with one of: "
-            "text, image, audio, tokens, tensor, embedding"
+            "text, image, audio, tokens, tensor, embedding, sum"
         ),
     ),
 ]
@@ -131,7 +179,8 @@ Items = Annotated[
 ]
 """One item or a list of them."""
 
-AnyItem = str | list[int] | TextItem | ImageItem | AudioItem | TokensItem | TensorItem | EmbeddingItem
+AnyPlainItem = str | list[int] | TextItem | ImageItem | AudioItem | TokensItem | TensorItem | EmbeddingItem
+AnyItem = AnyPlainItem | SumItem
 
 
 def as_list(items: AnyItem | list[AnyItem]) -> list[AnyItem]:

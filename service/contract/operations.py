@@ -164,16 +164,21 @@ class EmbeddingSetRef(Word):
 class ComposeRequest(Word):
     """Questions across modalities: each source item against every target, through a bridge."""
 
-    source: Items
+    source: Items | EmbeddingSetRef
     target: Items | EmbeddingSetRef
     model: Annotated[Id | None, Field(description="one model that holds both legs; or give `legs`")] = None
     legs: Annotated[list[Leg] | None, Field(min_length=1, max_length=8)] = None
     source_modality: Annotated[ModalityName | None, Field(description="what bare strings in `source` are")] = None
     target_modality: Annotated[ModalityName | None, Field(description="what bare strings in `target` are")] = None
     through: Annotated[
-        ModalityName | EmbeddingSetRef | Annotated[list[Item], Field(fail_fast=True, min_length=1)] | None,
+        ModalityName
+        | EmbeddingSetRef
+        | Annotated[list[EmbeddingSetRef], Field(min_length=1, max_length=8)]
+        | Annotated[list[Item], Field(fail_fast=True, min_length=1)]
+        | None,
         Field(
-            description="the bridge: a modality (its bank is used), items, or an embedding set; null: the model's bank"
+            description="the bridge: a modality (its bank is used), items, or an embedding set, for legs of two models "
+            "one of each model over the same samples; null: the model's bank"
         ),
     ] = None
     method: Annotated[
@@ -196,6 +201,7 @@ class Match(Word):
     """A target: log p(target | source) - log p(target), where the method states one."""
 
     index: int
+    key: Annotated[str | None, Field(description="the sample's, of a target that is an embedding set; null for items")]
     score: Annotated[float, Field(description="what the ranking went by")]
     log_ratio: float | None
     standard_error: Annotated[float | None, Field(description="of log_ratio, over the draw of the bridge")]

@@ -1,4 +1,4 @@
-"""The directory of an embedding set, and how it is read: memory-mapped, so that opening a million vectors costs nothing.
+"""The directory of an embedding set, and how it is read: memory-mapped, so that opening a million vectors is cheap.
 
     vectors.npy            float32 (N, dim)
     embeddings.parquet     key, label, split, vector: for tools of others; nothing here reads it
@@ -10,6 +10,7 @@ Sets of earlier versions have no index: their keys are in the Parquet file alone
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import pairwise
 from pathlib import Path
 from typing import Final, final
 
@@ -53,7 +54,7 @@ class Strings:
     def decoded(self) -> list[str]:
         """Return them as strings."""
         whole, begins = self.data.tobytes(), [0, *self.ends.tolist()]
-        return [whole[begin:end].decode() for begin, end in zip(begins[:-1], begins[1:], strict=True)]
+        return [whole[begin:end].decode() for begin, end in pairwise(begins)]
 
 
 @final

@@ -75,8 +75,8 @@ class ComposeCall(Word):
     Answer: `index` `score` `log_ratio` `standard_error` (source, k), `log_normaliser` (source,): log of the sum over
     all targets of prior * ratio, and the diagnostics in the document (`ComposeAnswer`). Without `log_prior` the prior
     is uniform, 1 / targets. If the target is a set that keeps its keys, `key.bytes` and `key.ends` have those of all
-    matches, row after row (`service.contract.vectors.Strings`). Where no ratio is defined, `log_ratio`, `standard_error` and
-    `log_normaliser` are NaN.
+    matches, row after row (`service.contract.vectors.Strings`). Where no ratio is defined, `log_ratio`,
+    `standard_error` and `log_normaliser` are NaN.
     """
 
     op: Literal["compose"] = "compose"

@@ -1,7 +1,7 @@
 """The path that every online operation shares: items -> tokens -> vectors.
 
 Tokens are made here, in threads of their own; vectors come from the inference process through the gateway. Vectors made
-earlier pass through. Every error names the item that it is about.
+earlier pass through, and sums are taken here. Every error names the item that it is about.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 import anyio.to_thread
@@ -19,11 +19,12 @@ from jaxtyping import Float32
 
 from service.catalogue import Model
 from service.contract.errors import Invalid, IsthmusError
-from service.contract.items import AnyItem, as_list
+from service.contract.items import AnyItem, SumItem, as_list
 from service.contract.tokens.decode import Limits
 from service.contract.tokens.read import read_item
 from service.contract.tokens.tokenise import Raw
 from service.deps import Service
+from service.inference import sums
 
 CHUNK: Final = 16
 """Items in one turn of a tokenising thread: large enough to be cheap, small enough for several threads to share."""
@@ -33,16 +34,17 @@ Hint = str | list[str] | None
 
 @dataclass(frozen=True)
 class Tokenised:
-    """An item as the model sees it: sequences of tokens, or a vector made earlier."""
+    """An item as the model sees it: sequences of tokens, a vector made earlier, or weighted parts of such."""
 
     modality: str
     sequences: list[np.ndarray]
     vector: Float32[np.ndarray, " dim"] | None = None
+    parts: list[tuple[float, Tokenised]] = field(default_factory=list["tuple[float, Tokenised]"])
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of all sequences."""
-        return sum(map(len, self.sequences))
+        """Tokens of all sequences, and of all parts."""
+        return sum(map(len, self.sequences)) + sum(part.num_tokens for _, part in self.parts)
 
 
 @dataclass
@@ -98,14 +100,23 @@ async def tokenise(
     timings: Timings,
     *,
     hint: Hint = None,
+    sum_hint: str | None = None,
     truncate: bool = False,
 ) -> list[Tokenised]:
     """Turn items into tokens; `at` names their places in the request.
 
+    `hint` says what strings are and what sums count as; without it, `sum_hint` says the latter.
+
     Raises Invalid, UnsupportedMedia or TooLarge for the first item that cannot be read.
     """
     began = time.perf_counter()
-    hints = _hints(model, hint, len(items))
+    hints = [
+        each or (sum_hint if isinstance(item, SumItem) else None)
+        for each, item in zip(_hints(model, hint, len(items)), items, strict=True)
+    ]
+    num_parts = sum(len(item.sum) if isinstance(item, SumItem) else 1 for item in items)
+    if num_parts > service.settings.max_items:
+        raise Invalid(f"{num_parts} parts of sums and items, at most {service.settings.max_items} in a request")
 
     def work(start: int) -> list[Tokenised]:
         return [
@@ -159,16 +170,38 @@ async def embed(
 
     Raises what the gateway raises.
     """
-    vectors = np.empty((len(tokenised), model.dimensions), np.float32)
-    by_modality: dict[str, list[int]] = {}
+    leaves: list[Tokenised] = []
+    leaves_at: list[str] = []
+    for tokens, place in zip(tokenised, at, strict=True):
+        leaves += [part for _, part in tokens.parts] or [tokens]
+        leaves_at += [f"{place}.sum[{number}].item" for number in range(len(tokens.parts))] or [place]
+    z = await _embed_leaves(service, model, leaves, leaves_at, timings)
+    vectors = z if len(leaves) == len(tokenised) else np.empty((len(tokenised), model.dimensions), np.float32)
+    begin = 0
     for index, tokens in enumerate(tokenised):
+        end = begin + max(1, len(tokens.parts))
+        if tokens.parts:
+            weights = np.array([weight for weight, _ in tokens.parts])
+            vectors[index] = sums.add(model.critic, weights, z[begin:end], param=f"{at[index]}.sum", item=index)
+        else:
+            vectors[index] = z[begin]
+        begin = end
+    return Encoded(vectors, [tokens.modality for tokens in tokenised], sum(tokens.num_tokens for tokens in tokenised))
+
+
+async def _embed_leaves(
+    service: Service, model: Model, leaves: Sequence[Tokenised], at: Sequence[str], timings: Timings
+) -> Float32[np.ndarray, "item dim"]:
+    vectors = np.empty((len(leaves), model.dimensions), np.float32)
+    by_modality: dict[str, list[int]] = {}
+    for index, tokens in enumerate(leaves):
         if tokens.vector is not None:
             vectors[index] = tokens.vector
         else:
             by_modality.setdefault(tokens.modality, []).append(index)
 
     async def embed_all(modality: str, indices: list[int]) -> None:
-        sequences = [tokenised[index].sequences for index in indices]
+        sequences = [leaves[index].sequences for index in indices]
         try:
             vectors[indices], spent = await service.gateway.embed(model.ref, modality, sequences)
         except IsthmusError as error:
@@ -178,7 +211,7 @@ async def embed(
         timings.add(spent.queue_ms, spent.inference_ms)
 
     await asyncio.gather(*(embed_all(modality, indices) for modality, indices in by_modality.items()))
-    return Encoded(vectors, [tokens.modality for tokens in tokenised], sum(tokens.num_tokens for tokens in tokenised))
+    return vectors
 
 
 def _hints(model: Model, hint: Hint, num_items: int) -> list[str | None]:
@@ -196,6 +229,20 @@ def _hints(model: Model, hint: Hint, num_items: int) -> list[str | None]:
 def _tokenise_one(
     model: Model, item: AnyItem, at: str, index: int, *, hint: str | None, limits: Limits, truncate: bool
 ) -> Tokenised:
+    if isinstance(item, SumItem):
+        parts = [
+            (
+                part.weight,
+                _tokenise_one(
+                    model, part.item, f"{at}.sum[{number}].item", index, hint=None, limits=limits, truncate=truncate
+                ),
+            )
+            for number, part in enumerate(item.sum)
+        ]
+        try:
+            return Tokenised(sums.modality_of(model, item, [part.modality for _, part in parts], hint), [], None, parts)
+        except IsthmusError as error:
+            raise error.at(at, index) from None
     try:
         modality, raw = read_item(item, modality_hint=hint, modalities=model.modalities, limits=limits)
         if isinstance(raw, Raw):

@@ -4,62 +4,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from fastapi import APIRouter, Response
 from jaxtyping import Float32
 
-from service import embedding_sets
 from service.catalogue import Model
 from service.contract.errors import Invalid, NotFound, TooLarge, UnsupportedMedia
-from service.contract.items import AnyItem
-from service.contract.operations import ComposeRequest, ComposeResponse, EmbeddingSetRef
+from service.contract.operations import ComposeRequest, ComposeResponse
+from service.contract.vectors import Strings
 from service.contract.wire import Arrays, ComposeAnswer, ComposeCall
 from service.deps import Inferrer, Running, Service
 from service.edge.problems import documented
 from service.inference.answers import check_matches, respond
 from service.inference.hangups import InferenceRoute
-from service.inference.inputs import Timings, Tokenised, embed, listed, places, tokenise
+from service.inference.inputs import Timings
 from service.inference.legs import Leg, Way, along, within
+from service.inference.operands import Reader, Tensors
 from service.inference.priors import as_log_prior
 from service.keys import Caller
 
 router = APIRouter(tags=["inference"], prefix="/v1", route_class=InferenceRoute)
-
-
-@dataclass(frozen=True)
-class Asked:
-    """A request, who sent it, and where its time goes."""
-
-    service: Service
-    caller: Caller
-    body: ComposeRequest
-    timings: Timings
-
-
-@dataclass(frozen=True)
-class Items:
-    """Items as a model reads them; `at` names their places in the request."""
-
-    tokenised: list[Tokenised]
-    at: list[str]
-
-
-@dataclass(frozen=True)
-class Side:
-    """One end of the question, or the bridge: items, or an embedding set, all of one modality."""
-
-    model: Model
-    modality: str
-    given: Items | embedding_sets.Operand
-    name: str
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens that are read for it."""
-        return sum(tokens.num_tokens for tokens in self.given.tokenised) if isinstance(self.given, Items) else 0
 
 
 @router.post(
@@ -76,25 +42,29 @@ async def create(service: Running, caller: Inferrer, body: ComposeRequest) -> Re
     """
     models = await _models(service, caller, body)
     timings = Timings()
-    asked = Asked(service, caller, body, timings)
-    source = await _read(asked, models[0], body.source, "source", hint=body.source_modality)
-    target = await _read(asked, models[-1], body.target, "target", hint=body.target_modality)
+    reader = Reader(service, caller.tenant, timings, body.truncate)
+    begin, end = (body.legs[0].from_, body.legs[-1].to) if body.legs else (None, None)
+    source = await reader.read(models[0], body.source, "source", hint=body.source_modality, sum_hint=begin)
+    target = await reader.read(models[-1], body.target, "target", hint=body.target_modality, sum_hint=end)
     way = _way(body, models, source.modality, target.modality)
-    arrays: Arrays = {"source": await _vectors(asked, source), "target": await _vectors(asked, target)}
-    num_targets = len(arrays["target"])
-    top_k = min(body.top_k, num_targets)
-    check_matches(len(arrays["source"]), top_k)
-    log_prior = _log_prior(body, num_targets)
+    top_k = min(body.top_k, len(target))
+    check_matches(len(source), top_k)
+    log_prior = _log_prior(body, len(target))
+    tensors = Tensors()
+    await reader.embed(source, "source", tensors)
+    await reader.embed(target, "target", tensors)
     if body.prior is not None:
-        arrays["log_prior"] = log_prior
-    num_bridge_tokens = await _add_bridge(asked, way, arrays)
+        tensors.arrays["log_prior"] = log_prior
+    num_bridge_tokens = await _add_bridge(reader, body, way, tensors)
     call = ComposeCall(
         legs=[leg.on_wire() for leg in way.legs],
         method=way.method,
-        bank="bridge.0" not in arrays,
+        bank="bridge.0" not in tensors,
         log_prior=body.prior is not None,
+        sets=tensors.sets,
         top_k=top_k,
     )
+    arrays = tensors.arrays
     document, found, spent = await service.gateway.compose(call, arrays)
     timings.add(spent.queue_ms, spent.inference_ms)
     num_tokens = source.num_tokens + target.num_tokens + num_bridge_tokens
@@ -105,7 +75,7 @@ async def create(service: Running, caller: Inferrer, body: ComposeRequest) -> Re
     }
     answer = ComposeAnswer.model_validate(document)
     return await respond(
-        service, lambda: _rows(answer, found, way, log_prior), rest, timings, num_values=5 * found["index"].size
+        service, lambda: _rows(answer, found, way, log_prior), rest, timings, num_values=6 * found["index"].size
     )
 
 
@@ -134,62 +104,14 @@ def _way(body: ComposeRequest, models: list[Model], from_: str, to: str) -> Way:
     return within(models[0], from_, to, through=through, given_bridge=given, wanted=body.method)
 
 
-async def _read(
-    asked: Asked,
-    model: Model,
-    given: AnyItem | list[AnyItem] | EmbeddingSetRef,
-    name: str,
-    *,
-    hint: str | None,
-    expected: str | None = None,
-) -> Side:
-    """Read one side of the question, and embed nothing yet: its modality decides the way.
-
-    Raises Invalid for items of several modalities, or not of the expected one, and for vectors of another model.
-    """
-    if isinstance(given, EmbeddingSetRef):
-        param = f"{name}.embeddings"
-        operand = await embedding_sets.find(asked.service, asked.caller.tenant, given.embeddings, param=param)
-        if operand.about.model_digest != model.ref.digest:
-            raise Invalid("these vectors were made by another model", param=param, code="model_differs")
-        if expected is not None and operand.about.modality != expected:
-            raise Invalid(f"these vectors are of {operand.about.modality}, not {expected}", param=param)
-        return Side(model, operand.about.modality, operand, name)
-    if hint is not None:
-        model.check_modality(hint, param=f"{name}_modality")
-    items = listed(asked.service, given, name)
-    at = places(name, items, given)
-    tokenised = await tokenise(asked.service, model, items, at, asked.timings, hint=hint, truncate=asked.body.truncate)
-    modality = expected or tokenised[0].modality
-    for place, each in zip(at, tokenised, strict=True):
-        if each.modality != modality:
-            raise Invalid(f"this is {each.modality}, not {modality}: all are of one modality", param=place)
-    return Side(model, modality, Items(tokenised, at), name)
-
-
-async def _vectors(asked: Asked, side: Side) -> Float32[np.ndarray, "item dim"]:
-    given = side.given
-    if isinstance(given, embedding_sets.Operand):
-        return await embedding_sets.vectors(asked.service, given, param=f"{side.name}.embeddings")
-    return (await embed(asked.service, side.model, given.tokenised, given.at, asked.timings)).vectors
-
-
-async def _add_bridge(asked: Asked, way: Way, arrays: Arrays) -> int:
-    """Put the bridge that the request gives among the tensors, embedded by the model of each leg; count its tokens."""
-    given = asked.body.through
+async def _add_bridge(reader: Reader, body: ComposeRequest, way: Way, tensors: Tensors) -> int:
     if way.method != "marginal":
         return 0
-    if given is None or isinstance(given, str):
+    if body.through is None or isinstance(body.through, str):
         _check_banks(way)
         return 0
     first, second = way.legs
-    left = await _read(asked, first.model, given, "through", hint=first.to, expected=first.to)
-    arrays["bridge.0"] = arrays["bridge.1"] = await _vectors(asked, left)
-    if first.model.ref.digest == second.model.ref.digest:
-        return left.num_tokens
-    right = await _read(asked, second.model, given, "through", hint=first.to, expected=first.to)
-    arrays["bridge.1"] = await _vectors(asked, right)
-    return left.num_tokens + right.num_tokens
+    return await reader.add_bridge((first.model, second.model), first.to, body.through, tensors)
 
 
 def _check_banks(way: Way) -> None:
@@ -213,6 +135,7 @@ def _log_prior(body: ComposeRequest, num_targets: int) -> Float32[np.ndarray, " 
 def _rows(
     answer: ComposeAnswer, found: Arrays, way: Way, log_prior: Float32[np.ndarray, " target"]
 ) -> Iterator[dict[str, Any]]:
+    keys = Strings(found["key.bytes"], found["key.ends"]).decoded() if "key.ends" in found else None
     index, ratio = found["index"], found["log_ratio"].astype(np.float64)
     # p(target | source, one of the targets) = prior * ratio / sum over all targets of prior * ratio
     posterior = np.exp(log_prior[index] + ratio - found["log_normaliser"].astype(np.float64)[:, None])
@@ -224,6 +147,7 @@ def _rows(
             "matches": [
                 {
                     "index": int(index[row, rank]),
+                    "key": None if keys is None else keys[row * index.shape[1] + rank],
                     "score": float(found["score"][row, rank]),
                     "log_ratio": _number(ratio[row, rank]),
                     "standard_error": _number(found["standard_error"][row, rank]),

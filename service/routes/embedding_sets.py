@@ -6,7 +6,8 @@ import sqlalchemy as sa
 from fastapi import APIRouter, Response
 
 from service.contract.dialects import now
-from service.contract.errors import NotFound
+from service.contract.errors import Conflict, NotFound
+from service.contract.references import is_needed
 from service.contract.tables import embedding_set, owned
 from service.deps import Reader, Running, Writer
 from service.edge.downloads import DOWNLOAD, WantedRange, list_files, send_file
@@ -44,14 +45,22 @@ async def get(service: Running, caller: Reader, set_id: str) -> EmbeddingSet:
     "/{set_id}",
     operation_id="delete_embedding_set",
     summary="Delete an embedding set",
-    responses=documented(NotFound),
+    responses=documented(NotFound, Conflict),
 )
 async def delete(service: Running, caller: Writer, set_id: str) -> Deleted:
-    """Delete an embedding set."""
-    row = await get_row(service, caller.tenant, check_id(set_id))
-    gone = sa.update(embedding_set).where(embedding_set.c.id == row.id).values(deleted_at=now())
-    await service.database.write(lambda conn: conn.execute(gone))
-    return Deleted(id=row.id, object="embedding_set")
+    """Delete an embedding set, unless a job that is queued or running reads it."""
+    known, tenant = check_id(set_id), caller.tenant
+
+    def work(conn: sa.Connection) -> None:
+        row = conn.execute(owned(embedding_set, tenant).where(embedding_set.c.id == known).with_for_update()).first()
+        if row is None:
+            raise NotFound("there is no such embedding set", code="embedding_set_not_found")
+        if is_needed(conn, tenant, row.id):
+            raise Conflict("a job that has not ended needs this embedding set", code="embedding_set_in_use")
+        conn.execute(sa.update(embedding_set).where(embedding_set.c.id == row.id).values(deleted_at=now()))
+
+    await service.database.write(work)
+    return Deleted(id=known, object="embedding_set")
 
 
 @router.get(

@@ -8,7 +8,7 @@ from typing import Any
 from fastapi import APIRouter, Response
 
 from service.contract.errors import Invalid, NotFound, TooLarge, UnsupportedMedia
-from service.contract.items import EmbeddingItem
+from service.contract.items import EmbeddingItem, SumItem
 from service.contract.operations import TokenizeRequest, TokenizeResponse
 from service.deps import Inferrer, Running
 from service.edge.problems import documented
@@ -34,6 +34,8 @@ async def create(service: Running, caller: Inferrer, body: TokenizeRequest) -> R
     for place, item in zip(at, items, strict=True):
         if isinstance(item, EmbeddingItem):
             raise Invalid("a vector has no tokens", param=f"{place}.embedding")
+        if isinstance(item, SumItem):
+            raise Invalid("a sum has no tokens of its own: send its parts", param=f"{place}.sum")
     timings = Timings()
     found = await tokenise(service, model, items, at, timings, hint=body.modality, truncate=body.truncate)
 

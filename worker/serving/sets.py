@@ -1,4 +1,4 @@
-"""Embedding sets as operands: mapped from the store, so that their pages belong to the kernel and not to this process."""
+"""Embedding sets as operands: mapped from the store, so that their pages are the kernel's, not this process's."""
 
 from __future__ import annotations
 

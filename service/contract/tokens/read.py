@@ -15,7 +15,7 @@ from jaxtyping import Float32
 
 from service.contract.errors import Invalid, IsthmusError, UnsupportedMedia
 from service.contract.items import (
-    AnyItem,
+    AnyPlainItem,
     AudioItem,
     EmbeddingItem,
     ImageItem,
@@ -38,7 +38,7 @@ INT32: Final = np.iinfo(np.int32)
 
 
 def read_item(
-    item: AnyItem, *, modalities: Modalities, limits: Limits, modality_hint: str | None = None
+    item: AnyPlainItem, *, modalities: Modalities, limits: Limits, modality_hint: str | None = None
 ) -> tuple[str, Raw | Vector]:
     """Find an item's modality among those of a model, and read what it holds.
 

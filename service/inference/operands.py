@@ -1,0 +1,160 @@
+"""Operands of a composition: items to embed, or embedding sets, which stay where they lie: the worker maps them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+from typing_extensions import TypeIs
+
+from service import embedding_sets
+from service.catalogue import Model
+from service.contract.errors import Invalid
+from service.contract.items import AnyItem
+from service.contract.operations import EmbeddingSetRef
+from service.contract.wire import Arrays, SetRef
+from service.deps import Service
+from service.inference.inputs import Timings, Tokenised, embed, listed, places, tokenise
+
+Given = AnyItem | list[AnyItem] | EmbeddingSetRef
+Bridge = Given | list[EmbeddingSetRef]
+MAX_BRIDGE_BYTES: Final = 512 << 20
+"""Of one side of a bridge: it is held on the device while targets stream by."""
+
+
+@dataclass(frozen=True)
+class Reader:
+    """Reads what a request gives, for whom, and where its time goes."""
+
+    service: Service
+    tenant: str
+    timings: Timings
+    truncate: bool
+
+    async def read(
+        self,
+        model: Model,
+        given: Given,
+        name: str,
+        *,
+        hint: str | None,
+        sum_hint: str | None = None,
+        expected: str | None = None,
+    ) -> Side:
+        """Read one side of the question, and embed nothing yet: its modality decides the way.
+
+        Raises Invalid for items of several modalities, or not of the expected one, and for vectors of another model.
+        """
+        if isinstance(given, EmbeddingSetRef):
+            param = f"{name}.embeddings"
+            operand = await embedding_sets.find(self.service, self.tenant, given.embeddings, param=param)
+            embedding_sets.check(operand.about, model, expected, param=param)
+            return Side(model, operand.about.modality, operand, name)
+        if hint is not None:
+            model.check_modality(hint, param=f"{name}_modality")
+        items = listed(self.service, given, name)
+        at = places(name, items, given)
+        tokenised = await tokenise(
+            self.service, model, items, at, self.timings, hint=hint, sum_hint=sum_hint, truncate=self.truncate
+        )
+        modality = expected or tokenised[0].modality
+        for place, each in zip(at, tokenised, strict=True):
+            if each.modality != modality:
+                raise Invalid(f"this is {each.modality}, not {modality}: all are of one modality", param=place)
+        return Side(model, modality, Items(tokenised, at), name)
+
+    async def embed(self, side: Side, tensor: str, found: Tensors) -> None:
+        """Put the vectors of a side among the tensors of a call; of a set, where they are."""
+        if isinstance(side.given, embedding_sets.Operand):
+            found.sets[tensor] = SetRef(artifact=side.given.artifact)
+            return
+        encoded = await embed(self.service, side.model, side.given.tokenised, side.given.at, self.timings)
+        found.arrays[tensor] = encoded.vectors
+
+    async def add_bridge(self, models: tuple[Model, Model], modality: str, given: Bridge, found: Tensors) -> int:
+        """Put a bridge that the request gives among the tensors, under the model of each leg; count its tokens.
+
+        Raises Invalid where the two legs would not have the same items.
+        """
+        is_one = models[0].ref.digest == models[1].ref.digest
+        if isinstance(given, EmbeddingSetRef) or _are_sets(given):
+            sides = await self._read_sets(models[:1] if is_one else models, modality, given)
+        else:
+            sides = [
+                await self.read(model, given, "through", hint=modality, expected=modality)
+                for model in (models[:1] if is_one else models)
+            ]
+        for at, side in enumerate(sides):
+            await self.embed(side, f"bridge.{at}", found)
+        if is_one:
+            found.double("bridge.0", "bridge.1")
+        return sum(side.num_tokens for side in sides)
+
+    async def _read_sets(
+        self, models: Sequence[Model], modality: str, given: EmbeddingSetRef | list[EmbeddingSetRef]
+    ) -> list[Side]:
+        refs = given if isinstance(given, list) else [given]
+        if len(refs) != len(models):
+            one, two = "of one model, which share one set", "of two models: give the same samples under each, or items"
+            message = f"{len(refs)} embedding sets for two legs {one if len(models) == 1 else two}"
+            raise Invalid(message, param="through", code="bridge_sets")
+        sides: list[Side] = []
+        for at, (ref, model) in enumerate(zip(refs, models, strict=True)):
+            name = f"through[{at}]" if isinstance(given, list) else "through"
+            side = await self.read(model, ref, name, hint=None, expected=modality)
+            assert isinstance(side.given, embedding_sets.Operand)
+            embedding_sets.check_size(side.given.about, MAX_BRIDGE_BYTES, param=f"{name}.embeddings")
+            sides.append(side)
+        operands = [side.given for side in sides if isinstance(side.given, embedding_sets.Operand)]
+        if len(operands) > 1:
+            await embedding_sets.check_same_samples(self.service, operands)
+        return sides
+
+
+@dataclass(frozen=True)
+class Items:
+    """Items as a model reads them; `at` names their places in the request."""
+
+    tokenised: list[Tokenised]
+    at: list[str]
+
+
+@dataclass(frozen=True)
+class Side:
+    """One end of the question, or the bridge: items, or an embedding set, all of one modality."""
+
+    model: Model
+    modality: str
+    given: Items | embedding_sets.Operand
+    name: str
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that are read for it."""
+        return sum(tokens.num_tokens for tokens in self.given.tokenised) if isinstance(self.given, Items) else 0
+
+    def __len__(self) -> int:
+        return len(self.given.tokenised) if isinstance(self.given, Items) else self.given.about.num_vectors
+
+
+@dataclass(frozen=True)
+class Tensors:
+    """What a call carries: arrays to send, and sets that the worker maps."""
+
+    arrays: Arrays = field(default_factory=Arrays)
+    sets: dict[str, SetRef] = field(default_factory=dict[str, SetRef])
+
+    def __contains__(self, tensor: str) -> bool:
+        return tensor in self.arrays or tensor in self.sets
+
+    def double(self, tensor: str, other: str) -> None:
+        """Give a tensor a second name."""
+        if tensor in self.arrays:
+            self.arrays[other] = self.arrays[tensor]
+        else:
+            self.sets[other] = self.sets[tensor]
+
+
+def _are_sets(given: Bridge) -> TypeIs[list[EmbeddingSetRef]]:
+    return isinstance(given, list) and isinstance(given[0], EmbeddingSetRef)
