@@ -7,17 +7,26 @@ from contextlib import suppress
 from typing import Annotated, Any, Final, assert_never
 
 import sqlalchemy as sa
-from pydantic import Field, StrictInt, StringConstraints, ValidationError
+from pydantic import Field, StrictInt, StringConstraints, TypeAdapter, ValidationError
 
 from service.catalogue import Catalogue
 from service.contract.errors import Invalid, NotFound
-from service.contract.jobs import EmbedArgs, EvaluateArgs, ExperimentArgs, TrainArgs
+from service.contract.jobs import (
+    ComposeArgs,
+    EmbedArgs,
+    EvaluateArgs,
+    ExperimentArgs,
+    ImportModelArgs,
+    SamplesRef,
+    TrainArgs,
+)
 from service.contract.modality import medium_of
 from service.contract.recipe import Recipe
 from service.contract.references import resolve_model
 from service.contract.tables import dataset, model, owned
-from service.contract.towers import Tower, check_start
+from service.contract.towers import AnyTower, PretrainedTower, Tower, check_start
 from service.contract.word import Moment, Name, Word
+from service.inherited import Starts, WantedRecipe, filled_in
 
 MetadataKey = Annotated[str, StringConstraints(strict=True, min_length=1, max_length=64)]
 MetadataValue = Annotated[str, StringConstraints(strict=True, max_length=512)]
@@ -33,6 +42,8 @@ class Submission(Word):
 
 class SubmitTrain(TrainArgs, Submission):
     """Train a recipe into a model; `name` becomes the model's alias when it is ready."""
+
+    recipe: WantedRecipe  # pyright: ignore[reportIncompatibleVariableOverride] - frozen
 
 
 class SubmitEmbed(EmbedArgs, Submission):
@@ -53,8 +64,19 @@ class SubmitExperiment(ExperimentArgs, Submission):
     name: Name | None = None
 
 
-AnySubmission = SubmitTrain | SubmitEmbed | SubmitEvaluate | SubmitExperiment
-Starts = Mapping[str, Mapping[str, Any]]
+class SubmitImportModel(ImportModelArgs, Submission):
+    """Import a model that was trained elsewhere; `name` becomes its alias when it is ready."""
+
+
+class SubmitCompose(ComposeArgs, Submission):
+    """Find for every vector of one set the best of another; `matches.parquet` is among the job's files."""
+
+    name: Name | None = None
+
+
+AnySubmission = SubmitTrain | SubmitEmbed | SubmitEvaluate | SubmitExperiment | SubmitImportModel | SubmitCompose
+_tower: TypeAdapter[Tower | PretrainedTower] = TypeAdapter(AnyTower)
+AnyArgs = TrainArgs | EmbedArgs | EvaluateArgs | ExperimentArgs | ImportModelArgs | ComposeArgs
 EXAMPLES: Final[dict[str, Any]] = {
     "train": {
         "value": {
@@ -72,20 +94,37 @@ EXAMPLES: Final[dict[str, Any]] = {
     "embed": {"value": {"kind": "embed", "model": "digits", "dataset": "ds_...", "modality": "image"}},
     "evaluate": {"value": {"kind": "evaluate", "model": "digits", "datasets": ["ds_..."]}},
     "experiment": {"value": {"kind": "experiment", "experiment": "square-loss"}},
+    "import_model": {"value": {"kind": "import_model", "source": "s3://models/all-MiniLM-L6-v2", "name": "minilm"}},
+    "compose": {
+        "value": {
+            "kind": "compose",
+            "model": "digits",
+            "source": {"embeddings": "emb_..."},
+            "target": {"dataset": "ds_...", "modality": "audio"},
+            "top_k": 10,
+        }
+    },
 }
 
 
-def args_of(body: AnySubmission) -> TrainArgs | EmbedArgs | EvaluateArgs | ExperimentArgs:
-    """Return the arguments alone: what a worker reads and nobody's metadata."""
+def args_of(body: AnySubmission, starts: Starts) -> AnyArgs:
+    """Return the arguments alone: what a worker reads and nobody's metadata, with inherited towers written out.
+
+    Raises NotFound or Invalid for a tower that cannot be.
+    """
     match body:
         case SubmitTrain():
-            return TrainArgs(recipe=body.recipe, name=body.name)
+            return TrainArgs(recipe=filled_in(body.recipe, starts), name=body.name)
         case SubmitEmbed():
             return EmbedArgs.model_validate(body.model_dump(include=set(EmbedArgs.model_fields)))
         case SubmitEvaluate():
             return EvaluateArgs.model_validate(body.model_dump(include=set(EvaluateArgs.model_fields)))
         case SubmitExperiment():
             return ExperimentArgs.model_validate(body.model_dump(include=set(ExperimentArgs.model_fields)))
+        case SubmitImportModel():
+            return ImportModelArgs.model_validate(body.model_dump(include=set(ImportModelArgs.model_fields)))
+        case SubmitCompose():
+            return ComposeArgs.model_validate(body.model_dump(include=set(ComposeArgs.model_fields), by_alias=True))
         case _:
             assert_never(body)
 
@@ -103,9 +142,7 @@ async def find_starts(catalogue: Catalogue, tenant: str, body: AnySubmission) ->
     return found
 
 
-def check_fit(
-    conn: sa.Connection, tenant: str, args: TrainArgs | EmbedArgs | EvaluateArgs | ExperimentArgs, starts: Starts
-) -> None:
+def check_fit(conn: sa.Connection, tenant: str, args: AnyArgs, starts: Starts) -> None:
     """Refuse now what could only fail later.
 
     That is a data set or model without the modality that is asked of it, or a tower that cannot start from the one it
@@ -121,13 +158,21 @@ def check_fit(
                 info = conn.execute(owned(model, tenant).where(model.c.id == found["id"])).one().info
                 if args.modality not in info["modalities"]:
                     raise Invalid(f"the model has {', '.join(info['modalities'])}", param="modality")
-            known = _media(conn, tenant, args.dataset)
-            if known is not None and args.modality not in known:
-                raise Invalid(f"the data set has {', '.join(known)}", param="modality")
-        case EvaluateArgs() | ExperimentArgs():
+            _check_samples(conn, tenant, args.dataset, args.modality, param="modality")
+        case ComposeArgs():
+            for name, side in (("source", args.source), ("target", args.target)):
+                if isinstance(side, SamplesRef):
+                    _check_samples(conn, tenant, side.dataset, side.modality, param=f"{name}.modality")
+        case EvaluateArgs() | ExperimentArgs() | ImportModelArgs():
             pass
         case _:
             assert_never(args)
+
+
+def _check_samples(conn: sa.Connection, tenant: str, dataset_id: str, modality: str, *, param: str) -> None:
+    known = _media(conn, tenant, dataset_id)
+    if known is not None and modality not in known:
+        raise Invalid(f"the data set has {', '.join(known)}", param=param)
 
 
 def _check_recipe(conn: sa.Connection, tenant: str, recipe: Recipe) -> None:
@@ -154,7 +199,7 @@ def _check_starts(recipe: Recipe, starts: Starts) -> None:
             at = f"recipe.towers.{name}.init_from.modality"
             raise Invalid(f"the model has no modality {modality!r}; it has {', '.join(sorted(towers))}", param=at)
         try:
-            check_start(tower, recipe.dimensions, Tower.model_validate(towers[modality]), body["dimensions"])
+            check_start(tower, recipe.dimensions, _tower.validate_python(towers[modality]), body["dimensions"])
         except ValidationError:
             message = "the model was made by another version of this service"
             raise Invalid(message, param=f"recipe.towers.{name}.init_from.model") from None

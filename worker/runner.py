@@ -24,12 +24,16 @@ from service.contract import logs
 from service.contract.artifacts import Store, open_store
 from service.contract.errors import Cancelled, Interrupted, IsthmusError, Transient, Unavailable
 from service.contract.jobs import (
+    ComposeArgs,
+    ComposeResult,
     EmbedArgs,
     EmbedResult,
     EvaluateArgs,
     EvaluateResult,
     ExperimentArgs,
     ExperimentResult,
+    ImportModelArgs,
+    ImportModelResult,
     IngestArgs,
     IngestResult,
     TrainArgs,
@@ -38,8 +42,10 @@ from service.contract.jobs import (
 from worker.lifeline import die_with_parent
 from worker.task import Task
 
-Args = IngestArgs | TrainArgs | EmbedArgs | EvaluateArgs | ExperimentArgs
-Result = IngestResult | TrainResult | EmbedResult | EvaluateResult | ExperimentResult
+Args = IngestArgs | TrainArgs | EmbedArgs | EvaluateArgs | ExperimentArgs | ImportModelArgs | ComposeArgs
+Result = (
+    IngestResult | TrainResult | EmbedResult | EvaluateResult | ExperimentResult | ImportModelResult | ComposeResult
+)
 _log = logging.getLogger("worker.runner")
 _PROGRESS_S: Final = 0.2
 _NO_SPACE: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -205,6 +211,14 @@ def _run(args: Args, context: Context) -> Result:
             from worker.jobs import experiment  # noqa: PLC0415
 
             return experiment.run(args, context)
+        case ImportModelArgs():
+            from worker.jobs import import_model  # noqa: PLC0415
+
+            return import_model.run(args, context)
+        case ComposeArgs():
+            from worker.jobs import compose  # noqa: PLC0415
+
+            return compose.run(args, context)
         case _:
             assert_never(args)
 

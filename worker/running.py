@@ -8,14 +8,7 @@ from typing import Any, Final, Literal, final
 
 from pydantic import ValidationError
 
-from service.contract.jobs import (
-    EmbedResult,
-    EvaluateResult,
-    ExperimentResult,
-    IngestResult,
-    TrainResult,
-    result_adapter,
-)
+from service.contract.jobs import AnyResult, result_adapter
 from service.contract.leases import Claim
 from service.contract.outcomes import Batch, Saved
 from worker.child import BrokenChannel, Child, ending
@@ -30,7 +23,7 @@ _MAX_EVENTS: Final = 10_000
 class Done:
     """The job has a result."""
 
-    result: IngestResult | TrainResult | EmbedResult | EvaluateResult | ExperimentResult
+    result: AnyResult
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,12 @@ from service.contract.dialects import now, storable
 from service.contract.direct import Direct
 from service.contract.errors import TooLarge
 from service.contract.jobs import (
+    ComposeResult,
     EmbedResult,
     EvaluateResult,
     ExperimentResult,
+    ImportModelArgs,
+    ImportModelResult,
     IngestArgs,
     IngestResult,
     TrainArgs,
@@ -32,7 +35,9 @@ from service.contract.transact import transact
 if TYPE_CHECKING:
     from service.contract.leases import Claim
 
-Result = IngestResult | TrainResult | EmbedResult | EvaluateResult | ExperimentResult
+Result = (
+    IngestResult | TrainResult | EmbedResult | EvaluateResult | ExperimentResult | ImportModelResult | ComposeResult
+)
 MAX_RESULT_BYTES: Final = 1 << 20
 
 _RUNNING: Final = job.c.state == sa.literal_column("'running'")
@@ -189,12 +194,12 @@ def _dataset_of(claim: Claim) -> str | None:
 
 
 def _makes_a_row(result: Result) -> bool:
-    return isinstance(result, TrainResult | EmbedResult)
+    return isinstance(result, TrainResult | EmbedResult | ImportModelResult)
 
 
 def _write_product(conn: sa.Connection, claim: Claim, result: Result, body: str) -> None:
     match result:
-        case TrainResult() | EmbedResult():
+        case TrainResult() | EmbedResult() | ImportModelResult():
             made = {
                 "id": result.artifact.split("/")[1],  # models/<id>/<epoch>
                 "tenant_id": claim.tenant_id,
@@ -206,10 +211,10 @@ def _write_product(conn: sa.Connection, claim: Claim, result: Result, body: str)
                 conn.execute(sa.insert(embedding_set), made)
                 return
             conn.execute(sa.insert(model), {**made, "digest": result.digest})
-            if isinstance(claim.args, TrainArgs) and claim.args.name is not None:
+            if isinstance(claim.args, TrainArgs | ImportModelArgs) and claim.args.name is not None:
                 at = {"tenant_id": claim.tenant_id, "name": claim.args.name}
                 conn.execute(_ALIAS, {**at, "model_id": made["id"]})
-        case IngestResult() | EvaluateResult() | ExperimentResult():
+        case IngestResult() | EvaluateResult() | ExperimentResult() | ComposeResult():
             pass  # a data set's row is there from its creation; a report is a file of its job
         case _:
             assert_never(result)

@@ -6,6 +6,7 @@ the list, append-only. A job carries ids, never documents.
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Final, Literal
 
 from pydantic import Field, StrictBool, StrictInt, TypeAdapter, field_validator, model_validator
@@ -13,8 +14,12 @@ from typing_extensions import TypedDict
 
 from service.contract.experiments import EXPERIMENTS, ExperimentName, Verdict
 from service.contract.losses import Critic
+from service.contract.operations import EmbeddingSetRef, Leg, TopK
 from service.contract.recipe import Budget, Recipe
 from service.contract.word import Id, ModalityName, Name, Real, Text, Word
+
+HUB_ID: Final = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[\w.-]{1,96}", re.ASCII)
+"""A model of a hub, as org/name."""
 
 Lane = Literal["train", "bulk"]
 State = Literal["scheduled", "queued", "running", "succeeded", "failed", "cancelled"]
@@ -27,7 +32,7 @@ class Input(TypedDict):
     artifact: str
     digest: str
     id: str
-    kind: Literal["model", "dataset"]
+    kind: Literal["model", "dataset", "embeddings"]
 
 
 class Holdout(Word):
@@ -93,6 +98,38 @@ class EmbedArgs(Word):
     modality: ModalityName
     split: Literal["train", "holdout", "all"] = "all"
     batch_size: Annotated[StrictInt, Field(ge=1, le=65_536)] = 256
+
+
+class SamplesRef(Word):
+    """A data set's samples in one modality, which the job embeds first with the model of the leg they stand at."""
+
+    dataset: Id
+    modality: ModalityName
+    split: Literal["train", "holdout", "all"] = "all"
+
+
+class ComposeArgs(Word):
+    """Find for every vector of one set the best of another, across modalities that need not have been paired.
+
+    When it is submitted the way is chosen, and written down as `legs`.
+    """
+
+    kind: Literal["compose"] = "compose"
+    source: EmbeddingSetRef | SamplesRef
+    target: EmbeddingSetRef | SamplesRef
+    model: Annotated[Id | None, Field(description="one model that holds both legs; or give `legs`")] = None
+    legs: Annotated[list[Leg] | None, Field(min_length=1, max_length=8)] = None
+    through: Annotated[
+        ModalityName | EmbeddingSetRef | Annotated[list[EmbeddingSetRef], Field(min_length=1, max_length=8)] | None,
+        Field(
+            description="the bridge: a modality (its bank is used) or an embedding set, for legs of two models one of "
+            "each model over the same samples; null: the model's bank"
+        ),
+    ] = None
+    method: Annotated[
+        Literal["auto", "direct", "marginal"], Field(description="as for POST /v1/compose; auto is settled at once")
+    ] = "auto"
+    top_k: TopK = 10
 
 
 Part = Literal[
@@ -202,15 +239,60 @@ class ExperimentArgs(Word):
     ] = False
 
 
-JobArgs = Annotated[IngestArgs | TrainArgs | EmbedArgs | EvaluateArgs | ExperimentArgs, Field(discriminator="kind")]
+class ImportModelArgs(Word):
+    """Import a model that was trained elsewhere, from the files of a Hugging Face checkpoint."""
+
+    kind: Literal["import_model"] = "import_model"
+    source: Annotated[
+        Text,
+        Field(
+            description="folder of the checkpoint: s3://, gs://, az://, an absolute path of the worker's machine, or "
+            "org/name of a hub, where the worker has one",
+            min_length=1,
+            max_length=1024,
+        ),
+    ]
+    name: Annotated[Name | None, Field(description="an alias that the new model takes over when it is ready")] = None
+    modalities: Annotated[
+        dict[Literal["image", "text", "audio"], ModalityName] | None,
+        Field(description="medium -> the modality's name in the new model; null: the medium's"),
+    ] = None
+    precision: Annotated[
+        Literal["auto", "fp32", "bf16"], Field(description="of serving; auto: bf16 autocast on CUDA, fp32 elsewhere")
+    ] = "fp32"
+
+    @field_validator("source")
+    @classmethod
+    def _says_where(cls, source: str) -> str:
+        if not ("://" in source or source.startswith("/") or HUB_ID.fullmatch(source)):
+            msg = "a checkpoint lies at s3://, gs://, az://, at an absolute path, or is org/name of a hub"
+            raise ValueError(msg)
+        return source
+
+    @field_validator("modalities")
+    @classmethod
+    def _names_differ(cls, modalities: dict[str, str] | None) -> dict[str, str] | None:
+        if modalities is not None and len(set(modalities.values())) < len(modalities):
+            msg = "two media cannot be one modality"
+            raise ValueError(msg)
+        return modalities
+
+
+JobArgs = Annotated[
+    IngestArgs | TrainArgs | EmbedArgs | EvaluateArgs | ExperimentArgs | ImportModelArgs | ComposeArgs,
+    Field(discriminator="kind"),
+]
 """Every kind of job that a worker of this version runs."""
 
-SubmittableArgs = Annotated[TrainArgs | EmbedArgs | EvaluateArgs | ExperimentArgs, Field(discriminator="kind")]
+SubmittableArgs = Annotated[
+    TrainArgs | EmbedArgs | EvaluateArgs | ExperimentArgs | ImportModelArgs | ComposeArgs, Field(discriminator="kind")
+]
 """The kinds that a caller creates with POST /v1/jobs; an ingest job comes with its data set."""
 
-args_adapter: TypeAdapter[IngestArgs | TrainArgs | EmbedArgs | EvaluateArgs | ExperimentArgs] = TypeAdapter(JobArgs)
+AnyArgs = IngestArgs | TrainArgs | EmbedArgs | EvaluateArgs | ExperimentArgs | ImportModelArgs | ComposeArgs
+args_adapter: TypeAdapter[AnyArgs] = TypeAdapter(JobArgs)
 
-KINDS: Final = ("ingest", "train", "embed", "evaluate", "experiment")
+KINDS: Final = ("ingest", "train", "embed", "evaluate", "experiment", "import_model", "compose")
 
 
 class Policy(Word):
@@ -229,10 +311,12 @@ POLICIES: Final[dict[str, Policy]] = {
     "evaluate": Policy(lane="bulk", max_attempts=5, deadline_s=24 * 3600, unit="samples"),
     # Repeating one is a matter of minutes, and a claim that fails is a result: there is nothing to try again for.
     "experiment": Policy(lane="train", max_attempts=1, deadline_s=3600, unit="runs"),
+    "compose": Policy(lane="bulk", max_attempts=5, deadline_s=7 * 24 * 3600, unit="sources"),
+    "import_model": Policy(lane="bulk", max_attempts=3, deadline_s=6 * 3600, unit="bytes"),
 }
 
 
-def cost_of(args: IngestArgs | TrainArgs | EmbedArgs | EvaluateArgs | ExperimentArgs) -> int:
+def cost_of(args: AnyArgs) -> int:
     """Estimate a job's work, for fairness within its lane: thousands of pairs learned, or 1.
 
     What the kinds of the bulk lane cost depends on data that are not counted yet, or that nobody wants to count here.
@@ -303,6 +387,7 @@ class EmbedResult(Word):
     num_vectors: int
     dimensions: int
     num_bytes: int
+    digest: Annotated[str, Field(description="of the artifact; empty for sets of earlier versions")] = ""
 
 
 class EvaluateResult(Word):
@@ -322,12 +407,43 @@ class ExperimentResult(Word):
     summary: Annotated[dict[str, float], Field(description="figure -> its mean over the seeds")]
 
 
+class ImportModelResult(Word):
+    """An imported model; the queue writes its row in the transaction that ends the job."""
+
+    kind: Literal["import_model"] = "import_model"
+    artifact: str
+    architecture: str
+    modalities: list[str]
+    dimensions: int
+    logit_scales: Annotated[dict[str, float], Field(description="pair -> scale; empty for a model of one modality")]
+    logit_biases: Annotated[dict[str, float], Field(description="of pairs trained with the sigmoid loss")]
+    critic: Critic
+    metrics: dict[str, float]
+    digest: str
+    num_bytes: int
+
+
+class ComposeResult(Word):
+    """The best targets of every source, `matches.parquet` and `summary.json` among the job's files."""
+
+    kind: Literal["compose"] = "compose"
+    artifact: str
+    num_sources: int
+    num_targets: int
+    top_k: int
+    summary: Annotated[dict[str, float], Field(description="figure -> its median over the sources, or their share")]
+    warnings: list[str]
+    num_bytes: int
+
+
 JobResult = Annotated[
-    IngestResult | TrainResult | EmbedResult | EvaluateResult | ExperimentResult, Field(discriminator="kind")
+    IngestResult | TrainResult | EmbedResult | EvaluateResult | ExperimentResult | ImportModelResult | ComposeResult,
+    Field(discriminator="kind"),
 ]
-result_adapter: TypeAdapter[IngestResult | TrainResult | EmbedResult | EvaluateResult | ExperimentResult] = TypeAdapter(
-    JobResult
+AnyResult = (
+    IngestResult | TrainResult | EmbedResult | EvaluateResult | ExperimentResult | ImportModelResult | ComposeResult
 )
+result_adapter: TypeAdapter[AnyResult] = TypeAdapter(JobResult)
 
 
 def status_of(state: State, *, cancel_requested: bool) -> Status:

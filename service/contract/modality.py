@@ -10,6 +10,7 @@ from typing import Annotated, Final, Literal
 
 from pydantic import Field, StrictBool, StrictInt, model_validator
 
+from service.contract.processing import AudioProcessing, ImageProcessing, TextProcessing
 from service.contract.word import Real, Word
 
 Medium = Literal["image", "text", "audio", "discrete", "continuous"]
@@ -30,6 +31,9 @@ class ImageTokens(Word):
         Literal["crop", "squash", "pad"],
         Field(description="crop: short side to size, centre crop; squash: ignore the aspect; pad: long side to size"),
     ] = "crop"
+    processing: Annotated[
+        ImageProcessing | None, Field(description="of a tower that was imported; null: ours, by resize")
+    ] = None
 
     @model_validator(mode="after")
     def _patches_fit(self) -> ImageTokens:
@@ -38,6 +42,9 @@ class ImageTokens(Word):
             raise ValueError(msg)
         if self.channels not in {1, 3}:
             msg = "channels is 1 or 3"
+            raise ValueError(msg)
+        if self.processing is not None and self.size != self.processing.side // self.patch * self.patch:
+            msg = f"size {self.size} is not what whole patches of {self.patch} cover of {self.processing.side} pixels"
             raise ValueError(msg)
         return self
 
@@ -63,6 +70,9 @@ class TextTokens(Word):
     vocab: Annotated[StrictInt, Field(ge=260, le=262_144, description="entries, the four special ones included")] = 8192
     max_length: Annotated[StrictInt, Field(ge=3, le=8192, description="ids in a sequence, start and end included")] = 64
     lowercase: StrictBool = True
+    processing: Annotated[
+        TextProcessing | None, Field(description="of a tower that was imported; null: ours, learned from captions")
+    ] = None
 
 
 class AudioTokens(Word):
@@ -84,21 +94,33 @@ class AudioTokens(Word):
         ),
     ] = 1
 
+    processing: Annotated[AudioProcessing | None, Field(description="of a tower that was imported; null: ours")] = None
+
     @model_validator(mode="after")
     def _window_is_a_sequence(self) -> AudioTokens:
         if self.max_length > MAX_AUDIO_LENGTH:
             msg = f"a window of {self.max_length} tokens is longer than {MAX_AUDIO_LENGTH}: raise frames or hop_ms"
             raise ValueError(msg)
+        if self.processing is not None and self.frames != 1:
+            msg = "frames is 1 with processing: one frame is one token"
+            raise ValueError(msg)
         return self
+
+    @property
+    def num_samples(self) -> int:
+        """Samples in a window."""
+        return round(self.sample_rate * self.window_s)
 
     @property
     def dim(self) -> int:
         """Values in a token."""
-        return self.frames * self.mels
+        return self.frames * self.mels * (4 if self.processing is not None and self.processing.fused else 1)
 
     @property
     def max_length(self) -> int:
         """Tokens in a sequence (the last may be padded)."""
+        if self.processing is not None:
+            return 1 + self.num_samples // self.processing.hop
         hop = max(1, round(self.sample_rate * self.hop_ms / 1000))
         num_frames = max(1, -(-round(self.sample_rate * self.window_s) // hop))
         return -(-num_frames // self.frames)

@@ -6,12 +6,13 @@ the worker takes the class's own defaults then.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Literal
 
 from pydantic import Field, StrictBool, StrictInt, model_validator
 
 from service.contract.losses import Critic, InfoNCE, KSample, Loss, Scaled, Sigmoid, Square
-from service.contract.towers import Tower
+from service.contract.towers import AnyTower, PretrainedTower, Tower
 from service.contract.word import Id, ModalityName, Real, Word
 
 
@@ -95,7 +96,7 @@ class Bank(Word):
 class Recipe(Word):
     """A training run, whole: with the data sets that it names, it determines the model."""
 
-    towers: Annotated[dict[ModalityName, Tower], Field(min_length=2, max_length=64)]
+    towers: Annotated[dict[ModalityName, AnyTower], Field(min_length=2, max_length=64)]
     pairs: Annotated[list[Pair], Field(min_length=1, max_length=256)]
     dimensions: Annotated[StrictInt, Field(ge=2, le=16_384, description="of the shared space")] = 64
     loss: Loss | None = None
@@ -123,6 +124,15 @@ class Recipe(Word):
         return self
 
     @model_validator(mode="after")
+    def _towers_end_in_the_space(self) -> Recipe:
+        check_dimensions(self.towers, self.dimensions)
+        for name, tower in self.towers.items():
+            if isinstance(tower, PretrainedTower) and tower.init_from is None:
+                msg = f"towers.{name}: a pretrained tower needs init_from: its weights come from a model"
+                raise ValueError(msg)
+        return self
+
+    @model_validator(mode="after")
     def _devices_share_a_batch(self) -> Recipe:
         devices, batch_size = (self.compute or Compute()).devices, (self.budget or Budget()).batch_size
         if batch_size % devices:
@@ -144,7 +154,7 @@ class Recipe(Word):
             if loss.critic != critic:
                 msg = f"pairs[{at}]: critic {loss.critic} beside {critic}; one space has one critic"
                 raise ValueError(msg)
-            if isinstance(loss, Square) and not any(self.towers[modality].locked for modality in pair.modalities):
+            if isinstance(loss, Square) and not any(self.towers[modality].is_still for modality in pair.modalities):
                 msg = f"pairs[{at}]: square loss needs a locked tower, or all vectors meet in one point"
                 raise ValueError(msg)
             if isinstance(loss, KSample) and batch_size % (loss.candidates + 1):
@@ -159,7 +169,7 @@ class Recipe(Word):
         for at, pair in enumerate(self.pairs):
             loss = self.loss_of(pair)
             learns_alone = isinstance(loss, Sigmoid) or (isinstance(loss, Scaled) and loss.learn_scale)
-            if all(self.towers[modality].locked for modality in pair.modalities) and not learns_alone:
+            if all(self.towers[modality].is_still for modality in pair.modalities) and not learns_alone:
                 msg = f"pairs[{at}]: both towers are locked, and no scale learns: there is nothing to train"
                 raise ValueError(msg)
         return self
@@ -172,6 +182,14 @@ class Recipe(Word):
     def critic(self) -> Critic:
         """How two vectors of the space are compared."""
         return self.loss_of(self.pairs[0]).critic
+
+
+def check_dimensions(towers: Mapping[str, Tower | PretrainedTower], dimensions: int) -> None:
+    """Raise ValueError if a tower without a read-out has vectors of another size than the space."""
+    for name, tower in towers.items():
+        if isinstance(tower, PretrainedTower) and not tower.readout and tower.size != dimensions:
+            msg = f"towers.{name}: its vectors have {tower.size} values and the space {dimensions}: set readout"
+            raise ValueError(msg)
 
 
 def pair_name(first: str, second: str) -> str:

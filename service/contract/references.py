@@ -10,10 +10,21 @@ from typing import Final, Protocol, assert_never
 import sqlalchemy as sa
 
 from service.contract.errors import Conflict, Invalid, NotFound, RequestError
-from service.contract.jobs import EmbedArgs, EvaluateArgs, ExperimentArgs, IngestArgs, Input, TrainArgs
-from service.contract.tables import alias, checkpoint, dataset, job, job_input, model
+from service.contract.jobs import (
+    ComposeArgs,
+    EmbedArgs,
+    EvaluateArgs,
+    ExperimentArgs,
+    ImportModelArgs,
+    IngestArgs,
+    Input,
+    SamplesRef,
+    TrainArgs,
+)
+from service.contract.operations import EmbeddingSetRef
+from service.contract.tables import alias, checkpoint, dataset, embedding_set, job, job_input, model
 
-Args = IngestArgs | TrainArgs | EmbedArgs | EvaluateArgs | ExperimentArgs
+Args = IngestArgs | TrainArgs | EmbedArgs | EvaluateArgs | ExperimentArgs | ImportModelArgs | ComposeArgs
 
 
 _DATASET: Final = sa.select(dataset.c.id, dataset.c.state, dataset.c.artifact, dataset.c.digest).where(
@@ -21,6 +32,11 @@ _DATASET: Final = sa.select(dataset.c.id, dataset.c.state, dataset.c.artifact, d
 )
 _MODEL: Final = sa.select(model.c.id, model.c.artifact, model.c.digest).where(
     model.c.tenant_id == sa.bindparam("tenant"), model.c.id == sa.bindparam("ref"), model.c.deleted_at.is_(None)
+)
+_SET: Final = sa.select(embedding_set.c.id, embedding_set.c.artifact, embedding_set.c.info).where(
+    embedding_set.c.tenant_id == sa.bindparam("tenant"),
+    embedding_set.c.id == sa.bindparam("ref"),
+    embedding_set.c.deleted_at.is_(None),
 )
 _ALIAS: Final = (
     sa.select(model.c.id, model.c.artifact, model.c.digest)
@@ -35,6 +51,7 @@ _ALIAS: Final = (
 # Whoever records what a job reads keeps the rows from being deleted until that is committed. SQLite has one writer.
 _DATASET_HELD: Final = _DATASET.with_for_update(read=True, of=dataset)
 _MODEL_HELD: Final = _MODEL.with_for_update(read=True, of=model)
+_SET_HELD: Final = _SET.with_for_update(read=True, of=embedding_set)
 _ALIAS_HELD: Final = _ALIAS.with_for_update(read=True, of=model)
 _CHECKPOINTS: Final = (
     sa.select(checkpoint.c.step, checkpoint.c.artifact, checkpoint.c.digest)
@@ -84,6 +101,17 @@ def resolve_model(conn: sa.Connection, tenant: str, ref: str, *, hold: bool = Fa
     return Input(artifact=row.artifact, digest=row.digest, id=row.id, kind="model")
 
 
+def resolve_set(conn: sa.Connection, tenant: str, ref: str, *, hold: bool = False) -> Input:
+    """Find an embedding set; `hold` as for data sets.
+
+    Raises NotFound.
+    """
+    row = conn.execute(_SET_HELD if hold else _SET, {"tenant": tenant, "ref": ref}).one_or_none()
+    if row is None:
+        raise NotFound(f"there is no embedding set {ref}", code="embedding_set_not_found")
+    return Input(artifact=row.artifact, digest=row.info.get("digest", ""), id=row.id, kind="embeddings")
+
+
 def resolve(conn: sa.Connection, tenant: str, args: Args, *, resumes: bool = False) -> dict[str, Input]:
     """Find and hold everything that a job reads, by the name its caller gave it.
 
@@ -104,12 +132,16 @@ def resolve(conn: sa.Connection, tenant: str, args: Args, *, resumes: bool = Fal
     for place, ref in _datasets_of(args):
         if ref not in datasets:
             datasets[ref] = _at(place, resolve_dataset, conn, tenant, ref)
-    return found | datasets
+    sets: dict[str, Input] = {}
+    for place, ref in _sets_of(args):
+        if ref not in sets:
+            sets[ref] = _at(place, resolve_set, conn, tenant, ref)
+    return found | datasets | sets
 
 
 def _models_of(args: Args) -> list[tuple[str, str]]:
     match args:
-        case IngestArgs() | ExperimentArgs():
+        case IngestArgs() | ExperimentArgs() | ImportModelArgs():
             return []
         case TrainArgs():
             return [
@@ -119,22 +151,38 @@ def _models_of(args: Args) -> list[tuple[str, str]]:
             ]
         case EmbedArgs() | EvaluateArgs():
             return [("model", args.model)]
+        case ComposeArgs():
+            return [(f"legs[{index}].model", leg.model) for index, leg in enumerate(args.legs or [])]
         case _:
             assert_never(args)
 
 
 def _datasets_of(args: Args) -> list[tuple[str, str]]:
     match args:
-        case IngestArgs() | ExperimentArgs():
+        case IngestArgs() | ExperimentArgs() | ImportModelArgs():
             return []
         case TrainArgs():
             return [(f"recipe.pairs[{index}].dataset", pair.dataset) for index, pair in enumerate(args.recipe.pairs)]
         case EmbedArgs():
             return [("dataset", args.dataset)]
+        case ComposeArgs():
+            sides = {"source": args.source, "target": args.target}
+            return [(f"{at}.dataset", side.dataset) for at, side in sides.items() if isinstance(side, SamplesRef)]
         case EvaluateArgs():
             return [(f"datasets[{index}]", ref) for index, ref in enumerate(args.datasets)]
         case _:
             assert_never(args)
+
+
+def _sets_of(args: Args) -> list[tuple[str, str]]:
+    if not isinstance(args, ComposeArgs):
+        return []
+    given = {"source": args.source, "target": args.target}
+    if isinstance(args.through, EmbeddingSetRef):
+        given["through"] = args.through
+    if isinstance(args.through, list):
+        given |= {f"through[{index}]": each for index, each in enumerate(args.through)}
+    return [(f"{at}.embeddings", each.embeddings) for at, each in given.items() if isinstance(each, EmbeddingSetRef)]
 
 
 class _Resolver(Protocol):

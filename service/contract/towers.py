@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Final, Literal, cast
 
-from pydantic import Field, StrictBool, StrictInt, model_validator
+from pydantic import Discriminator, Field, StrictBool, StrictInt, Tag, model_validator
 
 from service.contract.errors import Invalid
-from service.contract.modality import AudioTokens, ImageTokens, TokeniserConfig
+from service.contract.modality import AudioTokens, ContinuousTokens, DiscreteTokens, ImageTokens, TokeniserConfig
 from service.contract.word import Id, ModalityName, Real, Word
 
 Preset = Literal["tiny", "small", "medium", "base", "large"]
@@ -75,9 +75,16 @@ class TokenAugment(Word):
 Augment = Annotated[ImageAugment | AudioAugment | TokenAugment, Field(discriminator="kind")]
 
 
+_NEW_READOUT: Final = Field(
+    description="draw the linear map into the shared space anew and learn it, even where the tower is locked; "
+    "needs init_from"
+)
+
+
 class Tower(Word):
     """A pre-norm transformer over the tokens of one modality, with a linear read-out into the shared space."""
 
+    kind: Literal["transformer"] = "transformer"
     tokens: TokeniserConfig
     preset: Annotated[
         Preset | None, Field(description="fills in width, depth, heads and mlp_ratio where they are left out")
@@ -94,7 +101,10 @@ class Tower(Word):
     ] = "mean"
     dropout: Annotated[Real, Field(ge=0, lt=1)] = 0.0
     init_from: InitFrom | None = None
-    locked: Annotated[StrictBool, Field(description="nothing of the tower learns; needs init_from")] = False
+    locked: Annotated[
+        StrictBool, Field(description="nothing of the tower learns, but for a new read-out; needs init_from")
+    ] = False
+    new_readout: Annotated[StrictBool, _NEW_READOUT] = False
     frozen_blocks: Annotated[
         StrictInt, Field(ge=0, le=128, description="the embedding and the first blocks do not learn; needs init_from")
     ] = 0
@@ -125,6 +135,7 @@ class Tower(Word):
         if self.init_from is None:
             for what, is_asked in (
                 ("locked", self.locked),
+                ("new_readout", self.new_readout),
                 ("frozen_blocks", self.frozen_blocks > 0),
                 ("lora", self.lora is not None),
             ):
@@ -134,38 +145,139 @@ class Tower(Word):
         if self.locked and (self.lora is not None or self.frozen_blocks or self.augment is not None):
             msg = "a locked tower learns nothing: leave out lora, frozen_blocks and augment"
             raise ValueError(msg)
-        if self.frozen_blocks > self.depth:
-            msg = f"frozen_blocks {self.frozen_blocks} is more than depth {self.depth}"
-            raise ValueError(msg)
+        _check_frozen(self.frozen_blocks, self.depth)
         return self
 
     @model_validator(mode="after")
     def _augment_fits_the_medium(self) -> Tower:
-        if self.augment is None:
-            return self
-        wanted = self.tokens.kind if isinstance(self.tokens, ImageTokens | AudioTokens) else "tokens"
-        if self.augment.kind != wanted:
-            msg = f"augment of kind {self.augment.kind!r} does not fit {self.tokens.kind}: use {wanted!r}"
+        _check_augment(self.augment, self.tokens)
+        return self
+
+    @model_validator(mode="after")
+    def _tokens_are_ours(self) -> Tower:
+        if not isinstance(self.tokens, DiscreteTokens | ContinuousTokens) and self.tokens.processing is not None:
+            msg = "tokens.processing belongs to a tower of kind 'pretrained'"
             raise ValueError(msg)
         return self
 
+    @property
+    def is_still(self) -> bool:
+        """Whether nothing of the tower learns, so that its vectors stay what they are."""
+        return self.locked and not self.new_readout
 
-def check_start(tower: Tower, dimensions: int, start: Tower, start_dimensions: int) -> None:
+
+Family = Literal["clip", "siglip", "clap", "bert", "distilbert", "mpnet", "roberta", "xlm-roberta"]
+"""Whose modules a pre-trained tower is made of."""
+
+
+class PretrainedTower(Word):
+    """A tower that was imported: modules of the transformers library, and perhaps a linear read-out behind them.
+
+    Recipes name one by `kind: inherited`, which fills in what the model has.
+    """
+
+    kind: Literal["pretrained"] = "pretrained"
+    tokens: TokeniserConfig
+    family: Family
+    config: Annotated[dict[str, Any], Field(description="of its modules, as the checkpoint had it")]
+    pooling: Annotated[
+        Literal["own", "mean", "cls", "max"], Field(description="over the last tokens; own: as the family does it")
+    ] = "own"
+    unit: Annotated[StrictBool, Field(description="vectors are brought to unit length before the read-out")] = False
+    size: Annotated[StrictInt, Field(ge=1, le=16_384, description="values in a vector before the read-out")]
+    depth: Annotated[StrictInt, Field(ge=1, le=1000, description="blocks")]
+    readout: Annotated[
+        StrictBool, Field(description="a linear map into the shared space; false: size is its dimensions")
+    ] = False
+    init_from: InitFrom | None = None
+    locked: Annotated[
+        StrictBool, Field(description="nothing of the tower learns, but for a new read-out; needs init_from")
+    ] = False
+    new_readout: Annotated[StrictBool, _NEW_READOUT] = False
+    frozen_blocks: Annotated[
+        StrictInt, Field(ge=0, le=1000, description="the embedding and the first blocks do not learn; needs init_from")
+    ] = 0
+    augment: Augment | None = None
+
+    @model_validator(mode="after")
+    def _fields_fit(self) -> PretrainedTower:
+        if self.new_readout and not self.readout:
+            msg = "new_readout needs readout"
+            raise ValueError(msg)
+        if self.init_from is None and (self.locked or self.new_readout or self.frozen_blocks):
+            msg = "locked, new_readout and frozen_blocks need init_from: random weights are not worth keeping"
+            raise ValueError(msg)
+        if self.locked and (self.frozen_blocks or self.augment is not None):
+            msg = "a locked tower learns nothing: leave out frozen_blocks and augment"
+            raise ValueError(msg)
+        _check_frozen(self.frozen_blocks, self.depth)
+        _check_augment(self.augment, self.tokens)
+        if self.augment is not None and self.augment.kind == "tokens":
+            msg = "tokens of an imported tower cannot be left out: some of them mean something to it by their place"
+            raise ValueError(msg)
+        return self
+
+    @property
+    def is_still(self) -> bool:
+        """Whether nothing of the tower learns, so that its vectors stay what they are."""
+        return self.locked and not self.new_readout
+
+
+def _check_frozen(frozen_blocks: int, depth: int) -> None:
+    if frozen_blocks > depth:
+        msg = f"frozen_blocks {frozen_blocks} is more than depth {depth}"
+        raise ValueError(msg)
+
+
+def _check_augment(augment: Augment | None, tokens: TokeniserConfig) -> None:
+    wanted = tokens.kind if isinstance(tokens, ImageTokens | AudioTokens) else "tokens"
+    if augment is not None and augment.kind != wanted:
+        msg = f"augment of kind {augment.kind!r} does not fit {tokens.kind}: use {wanted!r}"
+        raise ValueError(msg)
+
+
+def _kind_of(value: Any) -> str | None:
+    # Recipes from before there was a second kind do not say theirs.
+    if isinstance(value, dict):
+        return cast("dict[str, Any]", value).get("kind", "transformer")
+    return getattr(value, "kind", None)
+
+
+AnyTower = Annotated[
+    Annotated[Tower, Tag("transformer")] | Annotated[PretrainedTower, Tag("pretrained")], Discriminator(_kind_of)
+]
+
+
+def draws_readout(
+    tower: Tower | PretrainedTower, dimensions: int, start: Tower | PretrainedTower, start_dimensions: int
+) -> bool:
+    """Tell whether the read-out of a tower cannot, or should not, be that of the tower it starts from."""
+    if isinstance(tower, PretrainedTower) and isinstance(start, PretrainedTower) and not start.readout:
+        return tower.readout
+    return tower.new_readout or dimensions != start_dimensions
+
+
+def check_start(
+    tower: Tower | PretrainedTower, dimensions: int, start: Tower | PretrainedTower, start_dimensions: int
+) -> None:
     """Check that a tower can start from another: what decides the shape and the meaning of its weights is the same.
 
-    Dropout and what learns may differ, and the dimensions of the space unless the tower is locked. Raises Invalid
-    (`start_differs`), naming the field and both values.
+    Dropout and what learns may differ, and the dimensions of the space unless the tower is locked without a new
+    read-out. Raises Invalid (`start_differs`), naming the field and both values.
     """
     wanted, found = _shape(tower), _shape(start)
-    if tower.locked:  # a read-out that is drawn anew would never learn
-        wanted["dimensions"], found["dimensions"] = dimensions, start_dimensions
     for name in dict.fromkeys((*wanted, *found)):
         if wanted.get(name) != found.get(name):
             message = f"{name} is {wanted.get(name)} here and {found.get(name)} in the model to start from"
             raise Invalid(message, code="start_differs")
+    if isinstance(tower, PretrainedTower) and isinstance(start, PretrainedTower) and start.readout > tower.readout:
+        raise Invalid("readout is False here and True in the model to start from", code="start_differs")
+    if tower.is_still and draws_readout(tower, dimensions, start, start_dimensions):
+        message = f"dimensions is {dimensions} here and {start_dimensions} in the model to start from"
+        raise Invalid(f"{message}: a locked tower needs new_readout then, which learns", code="start_differs")
 
 
-def _shape(tower: Tower) -> dict[str, Any]:
-    fields = {"width", "depth", "heads", "mlp_ratio", "positions", "pooling"}
+def _shape(tower: Tower | PretrainedTower) -> dict[str, Any]:
+    ours = {"kind", "width", "depth", "heads", "mlp_ratio", "positions", "pooling"}
     tokens = {f"tokens.{name}": value for name, value in tower.tokens.model_dump().items()}
-    return tokens | tower.model_dump(include=fields)
+    return tokens | tower.model_dump(include=ours | {"family", "unit", "size", "config"})

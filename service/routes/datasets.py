@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import re
 from typing import Annotated, Any, Final, Literal
-from urllib.parse import urlsplit
 
 import anyio
 import sqlalchemy as sa
@@ -13,7 +11,7 @@ from pydantic import Field, TypeAdapter
 
 from service.contract import queue
 from service.contract.dialects import now
-from service.contract.errors import Conflict, Forbidden, Invalid, IsthmusError, NotFound, TooLarge, UnsupportedMedia
+from service.contract.errors import Conflict, Invalid, IsthmusError, NotFound, TooLarge, UnsupportedMedia
 from service.contract.jobs import Holdout, IngestArgs
 from service.contract.references import is_needed
 from service.contract.samples import Samples
@@ -38,11 +36,10 @@ from service.resources import (
     job_of,
     select_jobs,
 )
+from service.sources import check_source
 
 router = APIRouter(tags=["datasets"], prefix="/v1/datasets")
 
-REMOTE: Final = frozenset({"s3", "gs", "az"})
-PATTERN: Final = re.compile(r"[*?\[{]")
 MAX_NAMED: Final = 64
 
 
@@ -134,7 +131,7 @@ async def create(
 async def _create_registered(request: Request, service: Service, caller: Caller, key: str | None) -> Answer:
     document = await _read_json(request, service.settings.max_body_bytes)
     wanted = validate(_created, document)
-    _check_uri(wanted.uri, service, caller)
+    check_source(wanted.uri, service, caller, param="uri", what="a data set")
     digest = idempotency.fingerprint("POST", "/v1/datasets", wanted.model_dump(mode="json"))
     return await service.database.write(
         lambda conn: _insert(
@@ -229,36 +226,6 @@ def _from_fields(fields: dict[str, str]) -> dict[str, Any]:
     if "\x00" in fields.get("name", ""):
         raise Invalid("text cannot hold NUL characters", param="name")
     return document
-
-
-def _check_uri(uri: str, service: Service, caller: Caller) -> None:
-    """Refuse sources that a caller must not make the worker read: our own store, other protocols, local files."""
-    own = service.settings.resolved_store_url()
-    for part in map(str.strip, uri.split("::")):
-        scheme, separator, rest = part.partition("://")
-        if separator and scheme in REMOTE:
-            if not is_remote_place(part, own=own):
-                raise Invalid("this place cannot be read", param="uri")
-        elif part.startswith("store:") or (separator and scheme not in {"file", "local"}):
-            raise Invalid("a data set lies at s3://, gs://, az://, or at a path (file://)", param="uri")
-        elif "admin" not in caller.scopes:
-            raise Forbidden("reading files of the worker's own machine needs a key with the scope 'admin'", param="uri")
-        elif "\x00" in rest:
-            raise Invalid("text cannot hold NUL characters", param="uri")
-
-
-def is_remote_place(uri: str, *, own: str) -> bool:
-    """Tell whether a URI names a bucket, without credentials, and nothing above or in our own store."""
-    try:
-        parsed = urlsplit(uri)
-    except ValueError:  # such as an unclosed bracket
-        return False
-    if parsed.username or parsed.password or not parsed.netloc:
-        return False
-    store = own.rstrip("/") + "/"
-    literal, *pattern = PATTERN.split(uri, maxsplit=1)  # a pattern may stand for anything after what comes before it
-    place = literal if pattern else literal.rstrip("/") + "/"
-    return not (place.startswith(store) or store.startswith(place))
 
 
 @router.get("", operation_id="list_datasets", summary="List data sets")

@@ -12,8 +12,10 @@ from fastapi.responses import StreamingResponse
 from pydantic import Field
 
 from service.aliases import check_alias
+from service.composing import settle
 from service.contract import queue
-from service.contract.errors import Conflict, Invalid, Malformed, NotFound, UnsupportedMedia
+from service.contract.errors import Conflict, Invalid, Malformed, NotFound, RequestError, UnsupportedMedia
+from service.contract.jobs import HUB_ID
 from service.contract.tables import checkpoint, job, job_event, metric, owned
 from service.contract.word import Name
 from service.deps import IdempotencyKey, Reader, Running, Service, Writer, request_id_of
@@ -37,7 +39,17 @@ from service.resources import (
     job_of,
     select_jobs,
 )
-from service.submissions import EXAMPLES, AnySubmission, SubmitTrain, args_of, check_fit, find_starts
+from service.sources import check_source
+from service.submissions import (
+    EXAMPLES,
+    AnySubmission,
+    SubmitCompose,
+    SubmitImportModel,
+    SubmitTrain,
+    args_of,
+    check_fit,
+    find_starts,
+)
 
 router = APIRouter(tags=["jobs"], prefix="/v1/jobs", route_class=StrictRoute)
 
@@ -65,15 +77,20 @@ async def create(
     tenant = caller.tenant
     if body.run_at is not None and not 2000 <= body.run_at.year <= 2200:
         raise Invalid("the year lies between 2000 and 2200", param="run_at")
-    if isinstance(body, SubmitTrain) and body.name is not None:
+    if isinstance(body, SubmitTrain | SubmitImportModel) and body.name is not None:
         check_alias(body.name, param="name")
+    if isinstance(body, SubmitImportModel) and not HUB_ID.fullmatch(body.source):
+        check_source(body.source, service, caller, param="source", what="a checkpoint")
     digest = idempotency.fingerprint("POST", "/v1/jobs", body.model_dump(mode="json"))
     starts = await find_starts(service.catalogue, tenant, body)
+    settled = await settle(service, tenant, body) if isinstance(body, SubmitCompose) else None
 
     def work(conn: sa.Connection) -> Answer:
         if (first := idempotency.replay(conn, tenant, key, digest)) is not None:
             return first
-        args = args_of(body)
+        if isinstance(settled, RequestError):
+            raise settled
+        args = args_of(settled or body, starts)
         check_fit(conn, tenant, args, starts)
         public_id = queue.enqueue(
             conn,
@@ -100,7 +117,7 @@ async def list_jobs(
     service: Running,
     caller: Reader,
     page: WantedPage,
-    kind: Literal["ingest", "train", "embed", "evaluate", "experiment"] | None = None,
+    kind: Literal["ingest", "train", "embed", "evaluate", "experiment", "import_model", "compose"] | None = None,
     status: Literal["queued", "running", "cancelling", "succeeded", "failed", "cancelled"] | None = None,
     name: Annotated[Name | None, Query()] = None,
 ) -> JobList:

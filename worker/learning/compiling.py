@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Final
 import torch
 
 from service.contract.recipe import Budget, Compute
+from worker.learning.towers.transformer import Transformer
 
 if TYPE_CHECKING:
     from service.contract.recipe import Recipe
@@ -41,10 +42,11 @@ def compile_towers(model: MultiTower, recipe: Recipe, device: torch.device, ctx:
     config = torch._dynamo.config  # noqa: SLF001 - torch documents its settings under this name
     config.recompile_limit = max(config.recompile_limit, MAX_VARIANTS)
     config.suppress_errors = True  # a block that does not compile after all runs as it is
-    for tower in model.towers.values():
+    ours = {name: tower for name, tower in sorted(model.towers.items()) if isinstance(tower, Transformer)}
+    for tower in ours.values():
         for block in tower.blocks:
             block.compile(dynamic=True)
-    ctx.event("compiled", {"towers": sorted(model.towers)})
+    ctx.event("compiled", {"towers": list(ours)})
 
 
 def _probe(x: torch.Tensor) -> torch.Tensor:

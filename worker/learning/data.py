@@ -13,6 +13,7 @@ from service.contract.samples import Samples
 from service.contract.tokens import text
 from worker.learning.device import precision_of
 from worker.learning.reading import Dataset, PairData, TokenSource
+from worker.learning.towers.transformer import Transformer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Container, Iterator, Mapping, Sequence
@@ -76,6 +77,7 @@ def measure(model: MultiTower, pairs: Sequence[PairData], passed_over: Container
             drawn = [
                 source(np.random.default_rng(0).permutation(pair.indices)[:num_samples]) for source, pair in sources
             ]
+            assert isinstance(tower, Transformer), "imported towers start from a model"
             tower.measure(torch.cat([batch.values for batch in drawn]))
 
 

@@ -6,6 +6,7 @@ import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, final
 
+from service.contract.towers import PretrainedTower
 from worker.learning import caching, grouping
 from worker.learning.caching import Encoded
 
@@ -35,7 +36,10 @@ class BatchEncoder:
         self._autocast = autocast
         self._call_tokens = grouping.CUDA_TOKENS if device.type == "cuda" else grouping.CPU_TOKENS
         self._micro_batch = recipe.compute.micro_batch if recipe.compute else None
-        self._draws = {name: tower.dropout > 0 for name, tower in recipe.towers.items()}
+        self._draws = {
+            name: not tower.locked if isinstance(tower, PretrainedTower) else tower.dropout > 0
+            for name, tower in recipe.towers.items()
+        }
         self._learns = {
             name: any(parameter.requires_grad for parameter in tower.parameters())
             for name, tower in model.towers.items()

@@ -7,26 +7,33 @@ whole, and so does the model that it ends in: neither needs the other model agai
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, final
+from typing import TYPE_CHECKING, Any, Final, assert_never, final
 
 import torch
 from pydantic import ValidationError
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
+from service.contract.blueprint import Blueprint, read_blueprint
 from service.contract.errors import Invalid, NotFound, Permanent, Transient
 from service.contract.recipe import Compute, Recipe
-from service.contract.towers import Tower, check_start
+from service.contract.towers import PretrainedTower, Tower, check_start, draws_readout
 from service.contract.word import Word
 from worker.learning.model import MultiTower, merged, prefix_of, read_tokenisers
 from worker.learning.towers import lora
+from worker.learning.towers.pretrained import Pretrained
+from worker.learning.towers.transformer import Transformer
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-    from worker.learning.towers.transformer import Transformer
+    from worker.learning.towers import AnyModule
     from worker.runner import Context
+
+
+READOUT: Final = "readout.weight"
+"""The linear map into the shared space, by its name in a tower."""
 
 
 class Origin(Word):
@@ -47,7 +54,8 @@ class Donor:
     origin: Origin
     weights: dict[str, Tensor]
     tokeniser_files: dict[str, bytes]
-    dimensions: int
+    has_readout: bool
+    """Whether its read-out comes along, if it has one."""
 
 
 def read_donors(recipe: Recipe, ctx: Context) -> dict[str, Donor]:
@@ -59,7 +67,7 @@ def read_donors(recipe: Recipe, ctx: Context) -> dict[str, Donor]:
     return {name: _read(name, tower, recipe, ctx) for name, tower in recipe.towers.items() if tower.init_from}
 
 
-def _read(name: str, tower: Tower, recipe: Recipe, ctx: Context) -> Donor:
+def _read(name: str, tower: Tower | PretrainedTower, recipe: Recipe, ctx: Context) -> Donor:
     assert tower.init_from is not None
     ref, at = tower.init_from.model, f"recipe.towers.{name}"
     if ref not in ctx.inputs:
@@ -75,7 +83,7 @@ def _read(name: str, tower: Tower, recipe: Recipe, ctx: Context) -> Donor:
     if (folder / "model").is_dir():  # of a checkpoint
         folder /= "model"
     try:
-        other = Recipe.model_validate_json((folder / "recipe.json").read_bytes())
+        other = read_blueprint((folder / "recipe.json").read_bytes())
     except ValidationError as error:
         message = f"{at}.init_from.model: {ref} was made by another version, {manifest.code_version}"
         raise Permanent(message, code="start_differs") from error
@@ -90,11 +98,11 @@ def _read(name: str, tower: Tower, recipe: Recipe, ctx: Context) -> Donor:
         origin=Origin(model=given["id"], digest=given["digest"], modality=modality, data=manifest.body.get("data", {})),
         weights=_weights_of(modality, other, folder / "model.safetensors"),
         tokeniser_files=read_tokenisers(folder).get(modality, {}),
-        dimensions=other.dimensions,
+        has_readout=not draws_readout(tower, recipe.dimensions, other.towers[modality], other.dimensions),
     )
 
 
-def _weights_of(modality: str, recipe: Recipe, file: Path) -> dict[str, Tensor]:
+def _weights_of(modality: str, recipe: Blueprint, file: Path) -> dict[str, Tensor]:
     prefix = prefix_of(modality)
     with safe_open(file, "pt") as tensors:
         found = {name: tensors.get_tensor(name) for name in tensors.keys() if name.startswith(prefix)}  # noqa: SIM118
@@ -120,23 +128,38 @@ def build_learner(recipe: Recipe, vocab_sizes: Mapping[str, int]) -> MultiTower:
     for name, config in sorted(recipe.towers.items()):
         tower = model.towers[name]
         tower.recomputes = (recipe.compute or Compute()).activation_checkpointing
-        _hold_still(tower, config)
-        if config.lora is not None:
-            for block in tower.blocks[config.frozen_blocks :]:
-                lora.adapt(block, config.lora)
+        if config.locked:
+            _lock(tower, new_readout=config.new_readout)
+            continue
+        match tower:
+            case Transformer():
+                assert isinstance(config, Tower)
+                _hold_still(tower, config)
+                if config.lora is not None:
+                    for block in tower.blocks[config.frozen_blocks :]:
+                        lora.adapt(block, config.lora)
+            case Pretrained():
+                if config.frozen_blocks:
+                    tower.hold_still(config.frozen_blocks)
+            case _:
+                assert_never(tower)
     return model
+
+
+def _lock(tower: AnyModule, *, new_readout: bool) -> None:
+    tower.requires_grad_(requires_grad=False)
+    tower.is_locked = True
+    tower.eval()
+    if new_readout and tower.readout is not None:
+        tower.readout.requires_grad_(requires_grad=True)
 
 
 def _hold_still(tower: Transformer, config: Tower) -> None:
     """Mark what does not learn; beside low-rank updates only the read-out does."""
-    if not (config.locked or config.lora or config.frozen_blocks):
+    if not (config.lora or config.frozen_blocks):
         return
     tower.requires_grad_(requires_grad=False)
-    if config.locked:
-        tower.is_locked = True
-        tower.eval()
-        return
-    learning = [tower.readout]
+    learning: list[nn.Module] = [tower.readout]
     if config.lora is None:
         learning += [*tower.blocks[config.frozen_blocks :], tower.norm, *([tower.pool] if tower.pool else [])]
     for module in learning:
@@ -150,26 +173,27 @@ def take_over(model: MultiTower, donors: Mapping[str, Donor], ctx: Context) -> N
     Raises Permanent if the weights are not those of such a tower.
     """
     for name, donor in donors.items():
-        has_readout = donor.dimensions == model.dimensions
+        has_readout = donor.has_readout
         own = {
             key: value
             for key, value in model.towers[name].state_dict(keep_vars=True).items()
             if not lora.is_factor(key)
         }
-        given = {key: value for key, value in donor.weights.items() if has_readout or key != "readout.weight"}
-        expected = {key: value.shape for key, value in own.items() if has_readout or key != "readout.weight"}
+        given = {key: value for key, value in donor.weights.items() if has_readout or key != READOUT}
+        expected = {key: value.shape for key, value in own.items() if has_readout or key != READOUT}
         if {key: value.shape for key, value in given.items()} != expected:
             message = f"recipe.towers.{name}.init_from.model: its weights are those of another version"
             raise Permanent(message, code="start_differs")
         for key, value in given.items():
             own[key].copy_(value)
         about = donor.origin.model_dump(include={"model", "digest", "modality"})
-        ctx.event("started_from", {"tower": name, **about, "readout": "taken over" if has_readout else "drawn anew"})
+        readout = "drawn anew" if not has_readout else "taken over" if READOUT in given else "none"
+        ctx.event("started_from", {"tower": name, **about, "readout": readout})
 
 
 def published(model: MultiTower, recipe: Recipe, vocab_sizes: Mapping[str, int]) -> MultiTower:
     """Return the model as it is served: low-rank updates merged; the model itself if it has none."""
-    if not any(tower.lora for tower in recipe.towers.values()):
+    if not any(isinstance(tower, Tower) and tower.lora for tower in recipe.towers.values()):
         return model
     with torch.device("meta"):
         plain = MultiTower(recipe, vocab_sizes)

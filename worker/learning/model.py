@@ -24,11 +24,13 @@ from jaxtyping import Float
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from service.contract.blueprint import Blueprint, Imported, read_blueprint
 from service.contract.losses import Critic, InfoNCE, KSample, Loss, Scaled, Sigmoid, Square
 from service.contract.recipe import Recipe, pair_name
 from service.contract.tokens import tokenise
 from service.contract.tokens.text import FILE as TOKENISER_FILE
 from service.contract.tokens.tokenise import Tokeniser
+from service.contract.towers import Tower
 from worker.learning import critics, towers
 from worker.learning.device import Precision
 from worker.learning.ragged import Ragged
@@ -52,7 +54,7 @@ class MultiTower(nn.Module):
     Pairs that are trained with the sigmoid loss have a learned bias too; the others have none.
     """
 
-    def __init__(self, recipe: Recipe, vocab_sizes: Mapping[str, int]) -> None:
+    def __init__(self, recipe: Blueprint, vocab_sizes: Mapping[str, int]) -> None:
         """Build the towers of a recipe; `vocab_sizes` gives the alphabet of each modality whose tokens are ids."""
         super().__init__()
         self.dimensions = recipe.dimensions
@@ -65,7 +67,7 @@ class MultiTower(nn.Module):
         for name, tower in self.towers.items():
             # Not a ModuleDict: it refuses the names of its own methods, and a modality may be called `type`.
             self.add_module(prefix_of(name).removesuffix("."), tower)
-        losses = {pair_name(*pair.modalities): recipe.loss_of(pair) for pair in recipe.pairs}
+        losses = losses_of(recipe)
         self.log_scales = nn.ParameterDict(
             {
                 name: nn.Parameter(
@@ -121,6 +123,17 @@ class MultiTower(nn.Module):
             self.log_scales[name].clamp_(max=math.log(largest))
 
 
+def losses_of(recipe: Blueprint) -> dict[str, Loss]:
+    """Return the loss of each pair of modalities, by its name."""
+    match recipe:
+        case Imported():
+            return {pair_name(*pair.modalities): recipe.loss_of(pair) for pair in recipe.pairs}
+        case Recipe():
+            return {pair_name(*pair.modalities): recipe.loss_of(pair) for pair in recipe.pairs}
+        case _:
+            assert_never(recipe)
+
+
 def _start_scale(loss: Loss, dimensions: int) -> float:
     match loss:
         case Square():
@@ -140,14 +153,14 @@ class Loaded:
     """A model as read from a directory: in evaluation mode, on its device, with its tokenisers and banks."""
 
     model: MultiTower
-    recipe: Recipe
+    recipe: Blueprint
     body: dict[str, Any]
     tokenisers: dict[str, Tokeniser]
     banks: dict[str, Bank]
     num_bytes: int
 
 
-def build_tokenisers(recipe: Recipe, files: Mapping[str, Mapping[str, bytes]]) -> dict[str, Tokeniser]:
+def build_tokenisers(recipe: Blueprint, files: Mapping[str, Mapping[str, bytes]]) -> dict[str, Tokeniser]:
     """Build the tokeniser of every modality; `files` holds those of the text modalities."""
     return {name: tokenise.build(tower.tokens, files.get(name, {})) for name, tower in recipe.towers.items()}
 
@@ -157,7 +170,7 @@ def read_tokenisers(folder: Path) -> dict[str, dict[str, bytes]]:
     return {path.stem: {TOKENISER_FILE: path.read_bytes()} for path in (folder / "tokenizers").glob("*.json")}
 
 
-def vocab_sizes(recipe: Recipe, tokenisers: Mapping[str, Tokeniser]) -> dict[str, int]:
+def vocab_sizes(recipe: Blueprint, tokenisers: Mapping[str, Tokeniser]) -> dict[str, int]:
     """Return the size of the alphabet of each modality whose tokens are ids."""
     sizes = {name: tokenisers[name].vocab_size for name in recipe.towers}
     return {name: size for name, size in sizes.items() if size is not None}
@@ -168,11 +181,11 @@ def prefix_of(modality: str) -> str:
     return f"tower_{modality}."
 
 
-def merged(weights: Mapping[str, Tensor], recipe: Recipe) -> dict[str, Tensor]:
+def merged(weights: Mapping[str, Tensor], recipe: Blueprint) -> dict[str, Tensor]:
     """Return a model's weights as they are served: with every low-rank update added to its matrix."""
     found = dict(weights)
     for name, tower in recipe.towers.items():
-        if tower.lora is not None:
+        if isinstance(tower, Tower) and tower.lora is not None:
             found = lora.merged(found, prefix_of(name), tower.lora)
     return found
 
@@ -181,7 +194,7 @@ def save_model(
     model: MultiTower,
     folder: Path,
     *,
-    recipe: Recipe,
+    recipe: Blueprint,
     tokeniser_files: Mapping[str, Mapping[str, bytes]],
     banks: Mapping[str, Bank],
     extra: Mapping[str, Any],
@@ -219,7 +232,7 @@ def load_model(folder: Path, device: str | torch.device) -> Loaded:
     body = json.loads(manifest.read_text(encoding="utf-8"))["body"] if manifest.exists() else {}
     if (folder / "model").is_dir():
         folder = folder / "model"
-    recipe = Recipe.model_validate_json((folder / "recipe.json").read_text(encoding="utf-8"))
+    recipe = read_blueprint((folder / "recipe.json").read_bytes())
     tokenisers = build_tokenisers(recipe, read_tokenisers(folder))
     model = MultiTower(recipe, vocab_sizes(recipe, tokenisers))
     model.load_state_dict(merged(load_file(folder / "model.safetensors"), recipe))

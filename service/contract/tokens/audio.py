@@ -23,6 +23,8 @@ from jaxtyping import Bool, Float32, Float64, Int64
 
 from service.contract.errors import Invalid
 from service.contract.modality import AudioTokens
+from service.contract.tokens import audio_processing
+from service.contract.tokens.mel import hz_to_mel, mel_to_hz
 
 RANGE: Final = 1e-8  # 80 dB: what counts as silence, below the loudest level and below full scale
 SILENCE: Final = -1.0
@@ -52,6 +54,9 @@ def tokens(
     A training run may cut the windows in its own way.
     """
     wave = _resampled(blocks, sample_rate, config.sample_rate)
+    if config.processing is not None:
+        cuts = [wave] if cut is None else cut(wave, config)
+        return [audio_processing.tokens(each, config, config.processing) for each in cuts]
     return [window_tokens(window, config) for window in (windows if cut is None else cut)(wave, config)]
 
 
@@ -168,25 +173,13 @@ def _bands(bins_hz: Float64[np.ndarray, " bin"], corners_hz: Float64[np.ndarray,
     return replace(bands, covered=bool(bands(np.ones((1, num_bins), np.float32)).all()))
 
 
-LINEAR_HZ: Final = 200 / 3  # hertz per mel up to 1 kHz, which is 15 mel
-LOG_STEP: Final = np.log(6.4) / 27  # natural log of the frequency per mel above
-
-
-def hz_to_mel(hz: float) -> float:
-    """Convert a frequency to Slaney's mel scale."""
-    return hz / LINEAR_HZ if hz < 1000 else 15 + float(np.log(hz / 1000)) / LOG_STEP
-
-
-def mel_to_hz(mel: Float64[np.ndarray, " mel"]) -> Float64[np.ndarray, " mel"]:
-    """Convert Slaney's mels to frequencies."""
-    return np.where(mel < 15, mel * LINEAR_HZ, 1000 * np.exp((mel - 15) * LOG_STEP))
-
-
 def ready(values: np.ndarray, config: AudioTokens) -> Float32[np.ndarray, "token value"]:
     """Check log-mel patches that were made before: (token, value), each from -1 to 1.
 
     Raises Invalid naming what differs.
     """
+    if config.processing is not None:
+        return audio_processing.ready(values, config)
     if values.ndim != 2 or values.shape[1] != config.dim:
         raise Invalid(f"audio tokens have shape (n, {config.dim}), not {values.shape}")
     if not 1 <= len(values) <= config.max_length:

@@ -14,6 +14,7 @@ from PIL import Image
 
 from service.contract.errors import Invalid
 from service.contract.modality import ImageTokens
+from service.contract.tokens import image_processing
 
 REDUCING_GAP = (
     3.0  # shrink by whole factors first while three times the target is left: fast, and no visible difference
@@ -23,11 +24,13 @@ Box = tuple[float, float, float, float]
 Fit = Callable[[Image.Image, ImageTokens], Image.Image]
 
 
-def draft_side(config: ImageTokens, zoom: float = 1.0) -> int:
+def draft_side(config: ImageTokens, zoom: float = 1.0) -> int | None:
     """Return the least side, in pixels, at which a large JPEG may be decoded; the resize sees it at double the size.
 
-    `zoom` is how much of the side is cut away before.
+    `zoom` is how much of the side is cut away before. None: whole, as an imported tower has to see it.
     """
+    if config.processing is not None:
+        return None
     return round(2 * config.size * zoom)
 
 
@@ -51,7 +54,10 @@ def patches(picture: Image.Image, config: ImageTokens, fit: Fit | None = None) -
     Transparency is laid over white, `pad` fills with black, and grey is the luma of ITU-R 601-2. Expects mode L, RGB or
     RGBA. A training run may pass a `fit` of its own in place of `fitted_to`.
     """
-    fitted = fitted_to(picture, config) if fit is None else fit(picture, config)
+    if config.processing is not None and fit is None:
+        fitted = image_processing.prepare(picture, config.processing, config.size)
+    else:
+        fitted = fitted_to(picture, config) if fit is None else fit(picture, config)
     if fitted.mode == "RGBA":
         # After the resize, which premultiplies: the same picture as before it, for a fraction of the memory.
         fitted = Image.alpha_composite(Image.new("RGBA", fitted.size, "white"), fitted).convert("RGB")
@@ -87,8 +93,11 @@ def whole_box(width: int, height: int, config: ImageTokens) -> Box:
             return (0.0, 0.0, float(width), float(height))
         case "crop":
             short = min(width, height)
-            left, top = (width - short) / 2, (height - short) / 2
-            return (left, top, left + short, top + short)
+            side = float(short)
+            if config.processing is not None and config.processing.shortest_edge is not None:
+                side = min(side, short * config.size / config.processing.shortest_edge)
+            left, top = (width - side) / 2, (height - side) / 2
+            return (left, top, left + side, top + side)
         case _:
             assert_never(config.resize)
 

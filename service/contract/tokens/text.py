@@ -23,6 +23,7 @@ from tokenizers.trainers import BpeTrainer
 
 from service.contract.errors import Invalid
 from service.contract.modality import TextTokens
+from service.contract.tokens import text_processing
 from service.contract.tokens.decode import decoding
 
 FILE: Final = "tokenizer.json"
@@ -118,6 +119,8 @@ def encode(text: str, vocabulary: Vocabulary, config: TextTokens, *, truncate: b
                 code="too_long",
             )
         text = text[:most]
+    if config.processing is not None:
+        return text_processing.encode(text, vocabulary.tokenizer, config, config.processing, truncate=truncate)
     ids = np.asarray(vocabulary.tokenizer.encode(text).ids, np.int32)
     return fit(ids, config, truncate=truncate)
 
@@ -148,7 +151,10 @@ def ready(
         raise Invalid("text tokens are a flat list of ids")
     if ids.min() < 0 or ids.max() >= vocabulary.size:
         raise Invalid(f"text ids lie in 0 to {vocabulary.size - 1}; there is {ids.min()} to {ids.max()}")
-    return fit(ids.astype(np.int32, copy=False), config, truncate=truncate)
+    ids = ids.astype(np.int32, copy=False)
+    if config.processing is not None:
+        return text_processing.fit(ids, config, config.processing, truncate=truncate)
+    return fit(ids, config, truncate=truncate)
 
 
 def decode(ids: np.ndarray, vocabulary: Vocabulary) -> str:

@@ -20,7 +20,7 @@ from service.contract.jobs import (
     status_of,
 )
 
-FROZEN = ("ingest", "train", "embed", "evaluate", "experiment")
+FROZEN = ("ingest", "train", "embed", "evaluate", "experiment", "import_model", "compose")
 """Append only: rows with these words are worked years from now."""
 
 

@@ -15,11 +15,11 @@ from service.contract.jobs import EmbedArgs, TrainArgs
 from service.contract.modality import TextTokens
 from service.contract.recipe import Pair, Recipe
 from service.contract.tables import alias, dataset, job, job_event, job_input, model, worker
-from service.contract.towers import Tower
+from service.contract.towers import AnyTower, Tower
 
 
 def _train(dataset_id: str) -> TrainArgs:
-    towers = {"text": Tower(tokens=TextTokens()), "note": Tower(tokens=TextTokens())}
+    towers: dict[str, AnyTower] = {"text": Tower(tokens=TextTokens()), "note": Tower(tokens=TextTokens())}
     recipe = Recipe(towers=towers, pairs=[Pair(dataset=dataset_id, modalities=("note", "text"))])
     return TrainArgs(recipe=recipe)
 

@@ -32,7 +32,7 @@ from service.contract.tables import (
     metric,
     model,
 )
-from service.contract.towers import Tower
+from service.contract.towers import AnyTower, Tower
 
 ERROR = {"type": "Permanent", "message": "no", "code": None}
 
@@ -65,7 +65,7 @@ def _trained(model_id: str) -> TrainResult:
 
 
 def _train(data: str, name: str | None) -> TrainArgs:
-    towers = {"text": Tower(tokens=TextTokens()), "note": Tower(tokens=TextTokens())}
+    towers: dict[str, AnyTower] = {"text": Tower(tokens=TextTokens()), "note": Tower(tokens=TextTokens())}
     recipe = Recipe(towers=towers, pairs=[Pair(dataset=data, modalities=("note", "text"))])
     return TrainArgs(recipe=recipe, name=name)
 

@@ -8,6 +8,7 @@ import pytest
 from pydantic import ValidationError
 
 from service.contract.recipe import Recipe
+from service.contract.towers import Tower
 
 CODES: dict[str, Any] = {"tokens": {"kind": "discrete", "vocab": 9, "max_length": 4}}
 
@@ -29,6 +30,7 @@ def tower(**changes: Any) -> dict[str, Any]:
 
 def test_a_preset_fills_in_what_is_left_out() -> None:
     base = recipe(towers=tower(preset="base", depth=3)).towers["a"]
+    assert isinstance(base, Tower)
     assert (base.width, base.depth, base.heads) == (768, 3, 12)
     assert (
         Recipe.model_validate_json(recipe(towers=tower(preset="base", depth=3)).model_dump_json()).towers["a"] == base

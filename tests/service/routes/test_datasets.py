@@ -10,7 +10,7 @@ import sqlalchemy as sa
 from service.contract.samples import SampleWriter
 from service.contract.tables import dataset, job, job_input
 from service.keys import CreateKey, create_key
-from service.routes.datasets import is_remote_place
+from service.sources import is_remote_place
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator

@@ -151,7 +151,9 @@ def test_a_space_of_other_dimensions_gets_a_new_read_out_and_nothing_else(recipe
     context = trained.context("job_dims")
     torch.manual_seed(9)
     model = build_learner(made, VOCAB)
-    drawn = model.towers["text"].readout.weight.clone()
+    readout = model.towers["text"].readout
+    assert readout is not None
+    drawn = readout.weight.clone()
     take_over(model, read_donors(made, context), context)
     teacher = load_model(trained.store.local(trained.inputs["model_a"]["artifact"]), "cpu").model.towers["text"]
     state = model.towers["text"].state_dict()

@@ -15,6 +15,7 @@ from service.contract.tokens import text
 from worker.learning import losses
 from worker.learning.model import Bank, MultiTower, build_tokenisers, load_model, save_model, vocab_sizes
 from worker.learning.ragged import Ragged
+from worker.learning.towers.transformer import Transformer
 
 MakeRecipe = Callable[..., Recipe]
 FILES = {"text": text.train(["a zero", "the one"], TextTokens(max_length=16))}
@@ -84,9 +85,15 @@ def test_a_modality_may_be_called_what_torch_calls_its_own(name: str, recipe: Ma
     assert model.encode(name, imu(2)).shape == (2, 16)
 
 
+def measure(model: MultiTower, batch: Ragged) -> None:
+    tower = model.towers["imu"]
+    assert isinstance(tower, Transformer)
+    tower.measure(batch.values)
+
+
 def test_one_gradient_step_lowers_the_loss(recipe: MakeRecipe) -> None:
     model = build(recipe())
-    model.towers["imu"].measure(imu(32).values)
+    measure(model, imu(32))
     optimiser = torch.optim.SGD(model.parameters(), lr=0.01)
 
     def loss() -> torch.Tensor:
@@ -104,7 +111,7 @@ def test_one_gradient_step_lowers_the_loss(recipe: MakeRecipe) -> None:
 def test_a_saved_model_gives_the_same_vectors_bit_for_bit(num_windows: int, recipe: MakeRecipe, tmp_path: Path) -> None:
     made = recipe()
     model = build(made).eval()
-    model.towers["imu"].measure(imu(50).values)
+    measure(model, imu(50))
     bank = Bank(
         {"imu": torch.randn(5, 16), "text": torch.randn(5, 16)}, {"imu": imu(5, 1, num_windows), "text": codes(5)}
     )

@@ -14,7 +14,8 @@ from pydantic import ValidationError
 from service.contract.errors import Invalid
 from service.contract.modality import AudioTokens
 from service.contract.tokens import audio
-from service.contract.tokens.audio import SILENCE, hz_to_mel, log_mel, mel_to_hz
+from service.contract.tokens.audio import SILENCE, log_mel
+from service.contract.tokens.mel import hz_to_mel, mel_to_hz
 from service.contract.tokens.tokenise import EncodedRaw, PixelsRaw, ReadyRaw, TextRaw, WaveRaw, build
 
 
