@@ -137,6 +137,24 @@ class Curve(Word):
     marks: Annotated[dict[str, float], Field(description="name -> an x that matters, such as 1 / min p_k")]
 
 
+class Panel(Word):
+    """Paths on a floor plan, in cells: (row, column) from the upper left corner."""
+
+    title: str
+    goal: Annotated[list[tuple[int, int]], Field(description="cells to be reached")]
+    paths: list[list[tuple[float, float]]]
+    reached: Annotated[list[bool], Field(description="by path")]
+
+
+class Map(Word):
+    """What is drawn of walks: panels of one floor plan, two side by side."""
+
+    name: str
+    title: str
+    walls: Annotated[list[list[bool]], Field(description="by row, by column")]
+    panels: list[Panel]
+
+
 class ExperimentReport(Word):
     """All of a run of an experiment."""
 
@@ -151,6 +169,7 @@ class ExperimentReport(Word):
     findings: list[Finding]
     notes: Annotated[list[str], Field(description="what the figures do not say by themselves")]
     curves: list[Curve]
+    maps: Annotated[list[Map], Field(default_factory=list[Map])]
     verdict: Verdict
     seconds: float
     cpu_seconds: float

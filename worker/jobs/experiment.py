@@ -51,6 +51,7 @@ def run(args: ExperimentArgs, ctx: Context) -> ExperimentResult:
         findings=findings,
         notes=outcome.notes,
         curves=outcome.curves,
+        maps=outcome.maps,
         verdict=verdict_of(findings),
         seconds=time.monotonic() - began,
         cpu_seconds=time.process_time() - cpu_began,
@@ -62,6 +63,7 @@ def run(args: ExperimentArgs, ctx: Context) -> ExperimentResult:
     # matplotlib reads it when it is first imported; a worker's home may be read-only.
     os.environ.setdefault("MPLCONFIGDIR", str(ctx.scratch / "matplotlib"))
     drawn = {curve.name: plots.draw(curve) for curve in report.curves}
+    drawn |= {each.name: plots.draw_map(each) for each in report.maps}
     for name, content in drawn.items():
         (folder / f"{name}.png").write_bytes(content)
     (folder / "report.json").write_text(report.model_dump_json(indent=1), encoding="utf-8")

@@ -128,14 +128,14 @@ def regress(pairs: Pairs, *, ridge: float = 1e-6) -> Encoders:
 
 def _encoder(observed: int, dimensions: int, hidden: int | None, generator: torch.Generator) -> nn.Module:
     if hidden is None:
-        return _linear(observed, dimensions, generator, bias=False)
+        return linear(observed, dimensions, generator, bias=False)
     return nn.Sequential(
-        _linear(observed, hidden, generator, bias=True), nn.ReLU(), _linear(hidden, dimensions, generator, bias=True)
+        linear(observed, hidden, generator, bias=True), nn.ReLU(), linear(hidden, dimensions, generator, bias=True)
     )
 
 
-def _linear(columns: int, rows: int, generator: torch.Generator, *, bias: bool) -> nn.Linear:
-    # torch's own initialisation, drawn from our generator and not from the process's.
+def linear(columns: int, rows: int, generator: torch.Generator, *, bias: bool) -> nn.Linear:
+    """Make a layer that starts as torch's own does, drawn from a generator of ours and not from the process's."""
     layer = nn.Linear(columns, rows, bias=bias)
     bound = 1 / math.sqrt(columns)
     for parameter in layer.parameters():

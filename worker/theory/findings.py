@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Final, final
 
-from service.contract.experiments import Bar, Curve, Finding, Verdict
+from service.contract.experiments import Bar, Curve, Finding, Map, Verdict
 
 # Student's t, 97.5 %, by degrees of freedom from 1 on.
 _T: Final = (
@@ -42,6 +42,7 @@ class Outcome:
     set_up: list[str]
     findings: list[Finding] = field(default_factory=list[Finding])
     curves: list[Curve] = field(default_factory=list[Curve])
+    maps: list[Map] = field(default_factory=list[Map])
     notes: list[str] = field(default_factory=list[str])
 
 

@@ -27,7 +27,7 @@ _MEANING: Final = {
 
 
 def page(report: ExperimentReport, plots: dict[str, bytes]) -> str:
-    """Write the page; `plots` are PNGs by the name of their curve."""
+    """Write the page; `plots` are PNGs by the name of their curve or map."""
     asserted = [each for each in report.findings if each.bar is not None]
     others = [each for each in report.findings if each.bar is None]
     return "".join(
@@ -62,7 +62,7 @@ def page(report: ExperimentReport, plots: dict[str, bytes]) -> str:
 
 
 def _figure(report: ExperimentReport, name: str, content: bytes) -> str:
-    title = next(each.title for each in report.curves if each.name == name)
+    title = next(each.title for each in (*report.curves, *report.maps) if each.name == name)
     data = base64.b64encode(content).decode()
     return f'<figure><img alt="{escape(title)}" src="data:image/png;base64,{data}"></figure>\n'
 

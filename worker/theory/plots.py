@@ -7,7 +7,9 @@ import math
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
-    from service.contract.experiments import Curve
+    from matplotlib.figure import Figure
+
+    from service.contract.experiments import Curve, Map
 
 COLOURS: Final = ("#0b6e99", "#c2410c", "#15803d", "#7c3aed")
 DASHES: Final = ("-", "--", ":")  # when the colours come round again
@@ -44,6 +46,34 @@ def draw(curve: Curve) -> bytes:
     axes.spines[["top", "right"]].set_visible(False)
     if len(curve.series) + len(curve.marks) > 1:
         axes.legend(fontsize=8, frameon=False)
+    return _png(figure)
+
+
+def draw_map(plan: Map) -> bytes:
+    """Draw each panel's paths, those that end at its goal in one colour and those that do not in another."""
+    from matplotlib.figure import Figure  # noqa: PLC0415  # reads MPLCONFIGDIR now
+    from matplotlib.patches import Rectangle  # noqa: PLC0415
+
+    num_rows, num_columns = len(plan.walls), len(plan.walls[0])
+    walls = [(row, column) for row, line in enumerate(plan.walls) for column, is_wall in enumerate(line) if is_wall]
+    down = -(-len(plan.panels) // 2)
+    figure = Figure(figsize=(6.4, 3.3 * down), dpi=110, layout="constrained")
+    figure.suptitle(plan.title, fontsize=11)
+    for at, panel in enumerate(plan.panels, start=1):
+        axes = figure.add_subplot(down, 2, at)
+        for cells, colour in ((panel.goal, "#dcfce7"), (walls, "#334155")):
+            for row, column in cells:
+                axes.add_patch(Rectangle((column, row), 1, 1, color=colour, linewidth=0))
+        for path, is_there in zip(panel.paths, panel.reached, strict=True):
+            rows, columns = zip(*path, strict=True)
+            axes.plot(columns, rows, color=COLOURS[2] if is_there else COLOURS[1], linewidth=1.2)
+            axes.plot(columns[0], rows[0], color="#0f172a", marker="o", markersize=3)
+        axes.set_title(f"{panel.title}: {sum(panel.reached)} of {len(panel.reached)}", fontsize=9)
+        axes.set(xlim=(0, num_columns), ylim=(num_rows, 0), aspect="equal", xticks=[], yticks=[])
+    return _png(figure)
+
+
+def _png(figure: Figure) -> bytes:
     out = io.BytesIO()
     figure.savefig(out, format="png", metadata={"Software": None})
     return out.getvalue()
