@@ -31,6 +31,8 @@ from service.contract.word import Word
 MAX_HEADER_BYTES: Final = 16 << 20
 Arrays = dict[str, np.ndarray]
 
+Method = Literal["direct", "marginal", "analytic"]
+
 
 class ModelRef(Word):
     """A model as the store knows it: where it lies, and what it must be."""
@@ -70,19 +72,23 @@ class ComposeCall(Word):
     """Compose vectors that were embedded before.
 
     Tensors: `source` (source, d1) in legs[0].from, `target` (target, d2) in legs[-1].to, and, unless `bank`,
-    `bridge.0` (bridge, d1) and `bridge.1` (bridge, d2): the same bridge items under each leg's model. A tensor that
-    `sets` names is not sent: it is mapped from an embedding set in the store, however large.
-    Answer: `index` `score` `log_ratio` `standard_error` (source, k), `log_normaliser` (source,): log of the sum over
-    all targets of prior * ratio, and the diagnostics in the document (`ComposeAnswer`). Without `log_prior` the prior
-    is uniform, 1 / targets. If the target is a set that keeps its keys, `key.bytes` and `key.ends` have those of all
-    matches, row after row (`service.contract.vectors.Strings`). Where no ratio is defined, `log_ratio`,
-    `standard_error` and `log_normaliser` are NaN.
+    for the bridge between legs j and j + 1 `bridge.{2j}` (bridge, d1) and `bridge.{2j+1}` (bridge, d2): the same items
+    under each leg's model; `bridge_weights.{j}` (bridge,) may go with them. A tensor that `sets` names is not sent: it
+    is mapped from an embedding set in the store, however large.
+    Answer: `index` `score` `log_ratio` `standard_error` `bias` (source, k), `log_normaliser` (source,): log of the sum
+    over all targets of prior * ratio, and the diagnostics in the document (`ComposeAnswer`). Without `log_prior` the
+    prior is uniform, 1 / targets. If the target is a set that keeps its keys, `key.bytes` and `key.ends` have those of
+    all matches, row after row (`service.contract.vectors.Strings`). Where no ratio is defined, `log_ratio`,
+    `standard_error`, `bias` and `log_normaliser` are NaN.
     """
 
     op: Literal["compose"] = "compose"
     legs: list[ComposeLeg]
-    method: Literal["direct", "marginal"]
-    bank: Annotated[bool, Field(description="take the bridge from the models' banks")]
+    method: Annotated[
+        Literal["direct", "marginal", "analytic", "auto"],
+        Field(description="auto: marginal, or direct if the sum turns out weak and vectors can be compared"),
+    ]
+    bank: Annotated[bool, Field(description="take bridges that are not among the tensors from the models' banks")]
     log_prior: Annotated[bool, Field(description="`log_prior` (target,) is among the tensors")] = False
     sets: dict[str, SetRef] = Field(default_factory=dict[str, SetRef], description="tensor -> where it lies")
     top_k: int
@@ -91,9 +97,13 @@ class ComposeCall(Word):
 class ComposeAnswer(Word):
     """The document beside a composition's tensors; the lists have one entry for each source."""
 
-    bridge_size: int | None
-    effective_sample_size: Annotated[list[float] | None, Field(description="median over the targets (Kish)")]
-    bridge_resultant: float | None
+    method: Method
+    reason: Annotated[str | None, Field(description="why, where the call left the method open")]
+    bridge_size: Annotated[int | None, Field(description="the smallest, of several")]
+    effective_sample_size: Annotated[
+        list[float] | None, Field(description="median over the targets (Kish), of the worst bridge")
+    ]
+    bridge_resultant: Annotated[float | None, Field(description="the largest, of several")]
     direct_marginal_spearman: Annotated[list[float | None] | None, Field(description="null: not both are defined")]
     normalised: bool
     value_trusted: bool

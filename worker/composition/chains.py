@@ -24,7 +24,7 @@ from worker.composition.estimators import TRUSTED_SAMPLE_SIZE, Marginal, as_log_
 from worker.composition.streaming import Link, Masses
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Generator, Sequence
 
 ROUNDS: Final = 10  # of balancing; each is two passes over all scores between two bridges
 TOLERANCE: Final = 1e-3  # nats
@@ -138,18 +138,40 @@ def balance(link: Link, first: Bridge, second: Bridge) -> Offsets:
 
     Offsets that a score has already do not matter. The first bridge's items get E_c r(b, c) = 1 exactly.
     """
+    steps = balancing(link, first, second, width=max(len(first.right), len(second.left)))
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            return end.value
+
+
+def balancing(link: Link, first: Bridge, second: Bridge, *, width: int) -> Generator[None, None, Offsets]:
+    """Do as `balance` does, and yield whenever the scores of another `width` items are done with."""
     shares = first.log_shares(), second.log_shares()
-    row = torch.zeros_like(shares[0])
-    column = torch.zeros_like(shares[1])
-    deviation = float("inf")
+    row, column = torch.zeros_like(shares[0]), torch.zeros_like(shares[1])
+    deviation = torch.inf
     for _ in range(ROUNDS):
-        sums = Masses((shares[0] + row)[None], link, first.right).log_products(second.left)[0]
-        deviation = float((sums + column)[shares[1] > -torch.inf].abs().max())
+        onward = Masses((shares[0] + row)[None], link, first.right)
+        sums = yield from carry(onward, second.left, width=width)
+        deviation = float((sums[0] + column)[shares[1] > -torch.inf].abs().max())
         if deviation <= TOLERANCE:
             break
-        column = -sums
-        row = -Masses((shares[1] + column)[None], link, second.left).log_products(first.right)[0]
+        column = -sums[0]
+        back = yield from carry(Masses((shares[1] + column)[None], link, second.left), first.right, width=width)
+        row = -back[0]
     return Offsets(row, column, deviation)
+
+
+def carry(
+    masses: Masses, z: Float[Tensor, "target dim"], *, width: int
+) -> Generator[None, None, Float[Tensor, "source target"]]:
+    """Carry masses over their link, and yield whenever the scores of another `width` targets are done with."""
+    parts: list[Tensor] = []
+    for block in z.split(width):
+        parts.append(masses.log_products(block))
+        yield
+    return torch.cat(parts, 1)
 
 
 @final

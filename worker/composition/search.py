@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, final
+from typing import TYPE_CHECKING, Final, final
 
 import torch
 from jaxtyping import Float, Int64
@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from worker.composition.chains import Ending
+
+LOG_PRIOR_FLOOR: Final = -1e4  # a prior of zero ranks last, and stays a number
 
 
 @final
@@ -25,7 +27,8 @@ class Best:
     """
 
     index: Int64[Tensor, "source best"]
-    score: Float[Tensor, "source best"]  # the prior is not in it, though it ranked
+    rank: Float[Tensor, "source best"]  # what they were ranked by: the score and the prior
+    score: Float[Tensor, "source best"]
     log_normaliser: Float[Tensor, " source"]
 
 
@@ -50,8 +53,8 @@ class Ranking:
     ) -> None:
         """Take the scores of the targets from number `first` on; without a prior all targets weigh 1."""
         score = score.double()
-        rank = score if log_prior is None else score + log_prior
-        self._log_sum = torch.logaddexp(self._log_sum, rank.logsumexp(1))
+        self._log_sum = torch.logaddexp(self._log_sum, (score if log_prior is None else score + log_prior).logsumexp(1))
+        rank = score if log_prior is None else score + log_prior.clamp(min=LOG_PRIOR_FLOOR)
         if self._rank.shape[1] == self._top_k and not bool((rank >= self._rank[:, -1:]).any()):
             return
         index = torch.arange(first, first + score.shape[1], device=score.device).expand_as(rank)
@@ -65,7 +68,7 @@ class Ranking:
 
     def best(self) -> Best:
         """Return what was best so far."""
-        return Best(self._index, self._score, self._log_sum)
+        return Best(self._index, self._rank, self._score, self._log_sum)
 
 
 def top_k(

@@ -20,7 +20,10 @@ from worker.serving.batcher import Batcher, Entry, Ticket
 from worker.serving.encode import encode
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from service.contract.wire import ComposeLeg
+    from worker.composition.chains import Offsets
     from worker.learning.model import Bank, Loaded
     from worker.learning.ragged import Ragged
     from worker.serving.residency import Residency
@@ -44,6 +47,7 @@ class Bridges:
         self._device = device
         self._kept: OrderedDict[tuple[str, ...], asyncio.Task[Bridge]] = OrderedDict()
         self._comparable: dict[tuple[str, str, str], bool] = {}  # digests and modality -> the answer, which stays
+        self._offsets: dict[str, Sequence[Offsets]] = {}
 
     async def between(self, first: Side, second: Side) -> Bridge:
         """Return the bridge vectors under the model of each of two legs.
@@ -76,6 +80,17 @@ class Bridges:
                 self._comparable.clear()
             self._comparable[key] = known
         return known
+
+    def offsets_of(self, path: str | None) -> Sequence[Offsets]:
+        """Return the offsets of the links between bridges on a path over banks, if they were found before."""
+        return () if path is None else self._offsets.get(path, ())
+
+    def keep_offsets(self, path: str | None, offsets: Sequence[Offsets]) -> None:
+        """Keep what took passes over all scores between two bridges."""
+        if path is not None:
+            if len(self._offsets) >= KEPT:
+                self._offsets.pop(next(iter(self._offsets)))
+            self._offsets[path] = offsets
 
     def _check_same_tokens(self, first: Side, second: Side) -> None:
         modality = first[0].to

@@ -1,96 +1,59 @@
-"""Compose: scores of every target for each source vector, the best of them, and how far to trust the numbers.
+"""Compose: the best targets for each source vector, and how far to trust the numbers.
 
-`Composer` answers source by source, so that the batcher can cut a large question into steps. Its estimators are those
-of `worker.composition`; here is only which of them applies, and with which scales, offsets and priors.
+`Composer` answers one question in steps of bounded arithmetic and memory, in their order, so that the batcher can let
+others go first and drop what nobody waits for. Its estimators are those of `worker.composition`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Final, assert_never, final
 
 import numpy as np
 import torch
 
 from service.contract.wire import ComposeAnswer
-from worker.composition.diagnostics import resultant, spearman
-from worker.composition.estimators import TRUSTED_SAMPLE_SIZE, direct, marginal
+from worker.composition.chains import ROUNDS, Chain, Ending, Offsets, balancing, carry
+from worker.composition.choice import choose
+from worker.composition.diagnostics import spearman
+from worker.composition.estimators import TRUSTED_SAMPLE_SIZE, Marginal, direct
+from worker.composition.search import Best, Ranking
 from worker.learning import critics
+from worker.serving import ways
 from worker.serving.batcher import Entry
 from worker.serving.encode import within_memory
+from worker.serving.ways import Closed, Compared, Health, Summed, Trained, Way
 
 if TYPE_CHECKING:
-    from jaxtyping import Float
+    from jaxtyping import Float, Int64
     from torch import Tensor
 
     from service.contract.losses import Critic
-    from service.contract.wire import Arrays
+    from service.contract.wire import Arrays, Method
 
-BLOCK_SCORES: Final = 1 << 24  # bridge by target scores that are held at once
+STEP_PRODUCTS: Final = 1 << 29  # multiplications of a step, some ten milliseconds of one core
 PRODUCTS_PER_TOKEN: Final = 1 << 16  # puts a step of composition and a step of embedding on one scale
-SCORES_PER_TOKEN: Final = 1 << 9  # bounds the memory of a step: (source, target + bridge) float64, a few times
-LOG_PRIOR_FLOOR: Final = -1e4  # a prior of zero ranks last, and stays a number in JSON
-CONCENTRATED: Final = 0.3
+BLOCK_VALUES: Final = 1 << 22  # of one matrix of a step: bridge by targets, or sources by bridge
+MAX_WIDTH: Final = 4096
+PROBE: Final = 256  # targets on which the health of a sum is judged, where not all are looked at anyway
+ALL: Final = 512  # targets up to which they are
+MAX_KEPT_VALUES: Final = 1 << 25  # of targets that stay on the device between steps
 
 
 @final
 @dataclass(frozen=True)
-class Compared:
-    """Vectors of a pair that was never trained to give ratios, in one space: a score, no ratio."""
+class Found:
+    """What was found for a few sources; tensors of no meaning for a way are None."""
 
-    critic: Critic
-    is_trained: bool  # by regression
-    bridge: Tensor | None  # of the modality between them, for the diagnostics
-
-
-@final
-@dataclass(frozen=True)
-class Trained:
-    """A trained pair: scale * score + bias is a log-ratio up to an offset, which the bank gives."""
-
-    critic: Critic
-    scale: float
-    bias: float  # 0 but for the sigmoid loss; the bank's offset holds it too
-    bank: Tensor | None  # (bridge, dim), vectors of the target's modality
-
-
-@final
-@dataclass(frozen=True)
-class Summed:
-    """Two trained legs, summed over a bridge; row m of both bridges is the same item."""
-
-    critics: tuple[Critic, Critic]
-    scales: tuple[float, float]  # biases would cancel: the offsets of both legs are removed
-    bridges: tuple[Tensor, Tensor]  # (bridge, d1), (bridge, d2)
-    comparable: bool  # source and target lie in one space, so that direct means something too
-
-
-Way = Compared | Trained | Summed
-
-
-@final
-@dataclass(frozen=True)
-class Scored:
-    """A step's sources against all targets."""
-
-    score: Float[Tensor, "source target"]  # what ranks, but for the prior
-    log_ratio: Float[Tensor, "source target"] | None
-    standard_error: Float[Tensor, "source target"] | None
-    sample_size: Float[Tensor, " source"] | None
-    rank_agreement: Float[Tensor, " source"] | None
-
-
-@final
-@dataclass(frozen=True)
-class Row:
-    """The answer for one source."""
-
-    best: np.ndarray  # (4, k): index, score, log_ratio, standard_error; float64 holds every index
-    log_normaliser: float
-    sample_size: float | None
-    rank_agreement: float | None
+    best: Best
+    is_ratio: bool
+    standard_error: Float[Tensor, "source best"] | None = None
+    bias: Float[Tensor, "source best"] | None = None
+    sample_size: Float[Tensor, " source"] | None = None
+    rank_agreement: Float[Tensor, " source"] | None = None
 
 
 @final
@@ -106,185 +69,335 @@ class Composer:
         log_prior: np.ndarray | None,
         top_k: int,
         device: torch.device,
+        keep: Callable[[Chain], None] | None = None,
     ) -> None:
+        """Take a question; `keep` is told a chain with the offsets of its links, once they are found."""
         self.way = way
         self.device = device
         self.top_k = min(top_k, len(target))
-        self._source, self._target, self._log_prior = source, target, log_prior
-        self._on_device: tuple[Tensor, Tensor, Tensor] | None = None
-        self._f_target: Tensor | None = None
-        self._resultant: float | None = None
+        self._source, self._target, self._keep = source, target, keep
+        self._log_prior_given = log_prior
+        self._log_prior: Tensor | None = None
+        self._z_target: Tensor | None = None
+        self._health = Health()
+        self._reason: str | None = None
+        self._found: list[Found] = []
+        self._sizes = _Sizes.of(way, len(source), target.shape, self.top_k)
+        self._steps = self._work()
+        self._num_done = 0
+        self._failure: Exception | None = None
 
     def entries(self) -> list[Entry]:
-        """Return the sources as the batcher's items, each with what it costs in arithmetic and in memory."""
-        num, dim = self._target.shape
-        num_scores, num_products = num, num * dim
-        match self.way:
-            case Compared():
-                pass
-            case Trained(bank=bank):
-                num_bridge = 0 if bank is None else len(bank)
-                num_scores, num_products = num + num_bridge, num_products + num_bridge * dim
-            case Summed(bridges=bridges):
-                num_bridge = len(bridges[0])
-                num_scores, num_products = num + num_bridge, num_products + num_bridge * (dim + num)
-            case _:
-                assert_never(self.way)
-        length = max(1, num_products // PRODUCTS_PER_TOKEN, num_scores // SCORES_PER_TOKEN)
-        return [Entry(at, length) for at in range(len(self._source))]
+        """Return the steps as the batcher's items, alike in length so that they stay in order."""
+        return [Entry(at, self._sizes.length) for at in range(self._sizes.num_steps)]
+
+    def answer_at_once(self) -> tuple[dict[str, Any], Arrays]:
+        """Do all steps, and answer."""
+        self.run(range(self._sizes.num_steps))
+        return self.answer()
 
     @torch.inference_mode()
     @within_memory()
-    def run(self, sources: Sequence[int]) -> list[Row]:
-        """Answer for some sources.
+    def run(self, steps: Sequence[int]) -> list[None]:
+        """Do some steps, the next ones; those that are done already are passed over.
 
         Raises Unavailable if the device has not the memory for it.
         """
-        z_sources, z_target, log_prior = self._prepare()
-        scored = self._score(z_sources[torch.tensor(sources, device=self.device)], z_target)
-        ranking = scored.score + log_prior.clamp(min=LOG_PRIOR_FLOOR)
-        best = ranking.topk(self.top_k, dim=1)
-        nothing = torch.full_like(best.values, math.nan)
-        columns = [
-            best.indices.double(),
-            best.values if self._log_prior is not None else scored.score.gather(1, best.indices),
-            nothing if scored.log_ratio is None else scored.log_ratio.gather(1, best.indices),
-            nothing if scored.standard_error is None else scored.standard_error.gather(1, best.indices),
+        for step in steps:
+            if step < self._num_done:
+                continue
+            if self._failure is not None:
+                raise self._failure
+            try:
+                next(self._steps, None)
+                if step == self._sizes.num_steps - 1:
+                    for _ in self._steps:  # their number is an estimate, from above
+                        pass
+            except (RuntimeError, MemoryError, ValueError) as error:
+                self._failure = error
+                raise
+            self._num_done = step + 1
+        return [None] * len(steps)
+
+    def answer(self) -> tuple[dict[str, Any], Arrays]:
+        """Write the document and the tensors of a `ComposeCall`, once all steps are done."""
+        parts = self._found
+        arrays: Arrays = {"index": _joined([part.best.index for part in parts]).astype(np.int32)}
+        for name, values in (
+            ("score", [part.best.rank for part in parts]),
+            ("log_ratio", [part.best.score if part.is_ratio else None for part in parts]),
+            ("standard_error", [part.standard_error for part in parts]),
+            ("bias", [part.bias for part in parts]),
+        ):
+            known = [
+                torch.full_like(part.best.score, math.nan) if value is None else value
+                for value, part in zip(values, parts, strict=True)
+            ]
+            arrays[name] = _joined(known).astype(np.float32)
+        flat = 0.0 if self._log_prior_given is not None else math.log(len(self._target))
+        normalisers = [
+            part.best.log_normaliser - flat if part.is_ratio else part.best.log_normaliser * math.nan for part in parts
         ]
-        table = torch.stack([column.double() for column in columns], dim=1).cpu().numpy()  # (source, 4, k)
-        if scored.log_ratio is None:
-            log_normaliser = [math.nan] * len(sources)
-        else:
-            log_normaliser = torch.logsumexp(scored.log_ratio + log_prior, 1).tolist()
-        sizes = [None] * len(sources) if scored.sample_size is None else scored.sample_size.tolist()
-        agreements = [None] * len(sources) if scored.rank_agreement is None else scored.rank_agreement.tolist()
-        return [Row(*each) for each in zip(table, log_normaliser, sizes, agreements, strict=True)]
-
-    def _prepare(self) -> tuple[Tensor, Tensor, Tensor]:
-        if self._on_device is None:
-            num = len(self._target)
-            flat = np.full(num, -math.log(num)) if self._log_prior is None else self._log_prior
-            z_source, z_target = (
-                critics.prepare(critic, torch.tensor(z, device=self.device))
-                for critic, z in zip(_critics(self.way), (self._source, self._target), strict=True)
-            )
-            log_prior = torch.tensor(flat, device=self.device, dtype=torch.float64)
-            self._on_device = z_source, z_target, log_prior
-            # Here, since `answer` belongs to the event loop, where nobody computes.
-            self._resultant = (
-                None if (bridge := self._bridge()) is None else resultant(critics.prepare("cosine", bridge))
-            )
-        return self._on_device
-
-    def _score(self, z_source: Float[Tensor, "source d1"], z_target: Float[Tensor, "target d2"]) -> Scored:
-        match self.way:
-            case Compared(critic=critic):
-                return Scored(direct(critic, z_source, z_target).double(), None, None, None, None)
-            case Trained() as way:
-                return _score_trained(way, z_source, z_target)
-            case Summed() as way:
-                return self._sum(way, z_source, z_target)
-            case _:
-                assert_never(self.way)
-
-    def _sum(self, way: Summed, z_source: Float[Tensor, "source d1"], z_target: Float[Tensor, "target d2"]) -> Scored:
-        f_source = way.scales[0] * critics.scores(way.critics[0], z_source, way.bridges[0])
-        num_bridge = len(way.bridges[1])
-        if self._f_target is None and num_bridge * len(z_target) <= BLOCK_SCORES:
-            self._f_target = way.scales[1] * critics.scores(way.critics[1], way.bridges[1], z_target)
-        blocks: list[tuple[Tensor, Tensor, Tensor]] = []
-        width = max(1, BLOCK_SCORES // num_bridge)
-        for begin in range(0, len(z_target), width):
-            f_target = self._f_target
-            if f_target is None:
-                z = z_target[begin : begin + width]
-                f_target = way.scales[1] * critics.scores(way.critics[1], way.bridges[1], z)
-            found = marginal(f_source, f_target, normalise=True)
-            blocks.append((found.log_ratio, found.standard_error, found.effective_sample_size))
-        log_ratio, standard_error, sizes = (torch.cat(parts, dim=1) for parts in zip(*blocks, strict=True))
-        agreement = spearman(direct(way.critics[0], z_source, z_target), log_ratio) if way.comparable else None
-        return Scored(log_ratio, log_ratio, standard_error, sizes.median(1).values, agreement)
-
-    def answer(self, rows: Sequence[Row]) -> tuple[dict[str, Any], Arrays]:
-        """Write the document and the tensors of a `ComposeCall`."""
-        table = np.stack([row.best for row in rows])
-        arrays: Arrays = {"index": table[:, 0].astype(np.int32)}
-        for at, name in enumerate(("score", "log_ratio", "standard_error"), start=1):
-            arrays[name] = table[:, at].astype(np.float32)
-        arrays["log_normaliser"] = np.array([row.log_normaliser for row in rows], np.float32)
-        sizes = [row.sample_size for row in rows if row.sample_size is not None]
-        agreements = [_number(row.rank_agreement) for row in rows]
-        trusted = bool(sizes) and float(np.median(sizes)) >= TRUSTED_SAMPLE_SIZE
-        bridge = self._bridge()
+        arrays["log_normaliser"] = _joined(normalisers).astype(np.float32)
+        sizes = _listed([part.sample_size for part in parts])
+        agreements = _listed([part.rank_agreement for part in parts])
+        health = self._judge(sizes, arrays["bias"])
+        bridges = ways.bridges_of(self.way)
         document = ComposeAnswer(
-            bridge_size=None if bridge is None else len(bridge),
-            effective_sample_size=sizes or None,
-            bridge_resultant=self._resultant,
-            direct_marginal_spearman=agreements if any(each is not None for each in agreements) else None,
-            normalised=isinstance(self.way, Summed) or (isinstance(self.way, Trained) and bridge is not None),
-            value_trusted=trusted,
-            warnings=_warnings(self.way, self._resultant, trusted=trusted),
+            method=ways.method_of(self.way),
+            reason=self._reason,
+            bridge_size=min((len(z) for z, _ in bridges), default=None),
+            effective_sample_size=sizes,
+            bridge_resultant=health.resultant,
+            direct_marginal_spearman=None if agreements is None else [_number(each) for each in agreements],
+            normalised=ways.is_normalised(self.way),
+            value_trusted=health.trusted,
+            warnings=ways.warnings(self.way, health),
         )
         return document.model_dump(mode="json"), arrays
 
-    def _bridge(self) -> Tensor | None:
+    def _judge(self, sizes: list[float] | None, bias: np.ndarray) -> Health:
+        if isinstance(self.way, Closed):
+            return replace(self._health, trusted=ways.is_closed_form_trusted(self.way, self._health))
+        if sizes is None or isinstance(self.way, Compared):
+            return self._health
+        return replace(
+            self._health,
+            trusted=float(np.median(sizes)) >= TRUSTED_SAMPLE_SIZE,
+            num_doubtful=sum(size < TRUSTED_SAMPLE_SIZE for size in sizes),
+            bias=float(np.median(bias)),
+        )
+
+    # --- the steps ---
+
+    def _work(self) -> Generator[None]:
+        """Do everything, and yield after each part of it that is a step."""
+        if self._log_prior_given is not None:
+            self._log_prior = torch.tensor(self._log_prior_given, device=self.device, dtype=torch.float64)
+        # Here, since `answer` belongs to the event loop, where nobody computes.
+        self._health = ways.look_at(self.way)
+        if isinstance(self.way, Summed):
+            yield from self._balance(self.way)
+        critic, _ = ways.critics_of(self.way)
+        for begin in range(0, len(self._source), self._sizes.sources):
+            z = self._on_device(critic, self._source[begin : begin + self._sizes.sources])
+            self._found.append((yield from self._answer(z)))
+
+    def _answer(self, z_source: Float[Tensor, "source d1"]) -> Generator[None, None, Found]:
         match self.way:
-            case Compared(bridge=bridge):
-                return bridge
-            case Trained(bank=bank):
-                return bank
-            case Summed(bridges=bridges):
-                return bridges[0]
+            case Summed() as way:
+                return (yield from self._sum(way, z_source))
+            case Compared(critic=critic):
+                best = yield from self._rank(len(z_source), lambda z_target: direct(critic, z_source, z_target))
+                return Found(best, is_ratio=False)
+            case Closed() as way:
+                best = yield from self._rank(
+                    len(z_source), lambda z_target: ways.in_closed_form(way, z_source, z_target)
+                )
+                return Found(best, is_ratio=True)
+            case Trained() as way:
+                return (yield from self._compare_trained(way, z_source))
             case _:
                 assert_never(self.way)
 
+    def _compare_trained(self, way: Trained, z_source: Float[Tensor, "source dim"]) -> Generator[None, None, Found]:
+        """Remove each source's offset, log mean e^f over the bank, from its scores (Che & Eysenbach 2025, A2)."""
+        bank, num = way.bank, len(z_source)
 
-def _critics(way: Way) -> tuple[Critic, Critic]:
-    match way:
-        case Compared(critic=critic) | Trained(critic=critic):
-            return critic, critic
-        case Summed():
-            return way.critics
-        case _:
-            assert_never(way)
+        def f(z: Float[Tensor, "other dim"]) -> Float[Tensor, "source other"]:
+            return way.scale * critics.scores(way.critic, z_source, z).double() + way.bias
+
+        if bank is None:
+            return Found((yield from self._rank(num, f)), is_ratio=True)
+        f_bank = f(bank)
+        offset = f_bank.logsumexp(1, keepdim=True) - math.log(len(bank))
+        square = f_bank.softmax(1).square().sum(1)
+        variance = (square - 1 / len(bank)).clamp(min=0)
+        best = yield from self._rank(num, lambda z_target: f(z_target) - offset)
+        return Found(
+            best,
+            is_ratio=True,
+            standard_error=variance.sqrt()[:, None].expand_as(best.score),
+            bias=(variance / 2)[:, None].expand_as(best.score),  # the offset is subtracted
+            sample_size=(1 / square).clamp(1.0, float(len(bank))),
+        )
+
+    def _sum(self, way: Summed, z_source: Float[Tensor, "source d1"]) -> Generator[None, None, Found]:
+        chain = way.chain
+        masses = [chain.start(z_source)]
+        for at in range(1, len(chain.bridges)):
+            found = yield from carry(chain.leave(at - 1, masses[-1]), chain.bridges[at].left, width=self._sizes.carried)
+            masses.append(chain.arrive(at, found))
+        num_targets = len(self._target)
+        columns = torch.linspace(0, num_targets - 1, self._sizes.probe, dtype=torch.float64, device=self.device)
+        columns = columns.round().long()
+        seen = yield from self._weigh(chain, masses, columns)
+        sizes = seen.effective_sample_size.median(1).values
+        agreement = None
+        if way.comparable:
+            compared = direct(chain.links[0].critic, z_source, self._targets(columns))
+            agreement = spearman(compared, seen.log_ratio)
+        if way.is_open and self._reason is None and self._choose(way, sizes, agreement) == "direct":
+            self.way = Compared(chain.links[0].critic, is_trained=False, bridge=chain.bridges[0].left)
+            found = yield from self._answer(z_source)
+            return replace(found, sample_size=sizes, rank_agreement=agreement)
+        if len(columns) == num_targets:
+            ranking = Ranking(len(z_source), self.top_k, device=self.device)
+            ranking.add(0, seen.log_ratio, self._log_prior)
+            best = ranking.best()
+            error, bias = (each.gather(1, best.index) for each in (seen.standard_error, seen.bias))
+        else:
+            best = yield from self._rank(len(z_source), Ending(chain, masses[-1]).log_ratios)
+            error, bias = yield from self._weigh_best(chain, masses, best.index)
+        return Found(best, is_ratio=True, standard_error=error, bias=bias, sample_size=sizes, rank_agreement=agreement)
+
+    def _balance(self, way: Summed) -> Generator[None]:
+        """Find the offsets of the links between two bridges, unless they are known."""
+        chain = way.chain
+        if len(chain.offsets) < len(chain.bridges) - 1:
+            offsets: list[Offsets] = []
+            for at in range(1, len(chain.bridges)):
+                first, second = chain.bridges[at - 1 : at + 1]
+                offsets.append((yield from balancing(chain.links[at], first, second, width=self._sizes.carried)))
+            chain = replace(chain, offsets=tuple(offsets))
+            self.way = replace(way, chain=chain)
+            if self._keep is not None:
+                self._keep(chain)
+        deviation = max((each.deviation for each in chain.offsets), default=0.0)
+        self._health = replace(self._health, deviation=deviation)
+
+    def _weigh(
+        self, chain: Chain, masses: list[Tensor], columns: Int64[Tensor, " target"]
+    ) -> Generator[None, None, Marginal]:
+        """Look closely at some targets."""
+        parts: list[Marginal] = []
+        for chosen in columns.split(self._sizes.weighed):
+            parts.append(chain.weigh(masses, self._targets(chosen)))
+            yield
+        return Marginal(
+            *(
+                torch.cat([getattr(part, name) for part in parts], 1)
+                for name in ("log_ratio", "standard_error", "bias", "effective_sample_size")
+            ),
+            trusted=parts[0].trusted,
+        )
+
+    def _weigh_best(
+        self, chain: Chain, masses: list[Tensor], index: Int64[Tensor, "source best"]
+    ) -> Generator[None, None, tuple[Float[Tensor, "source best"], Float[Tensor, "source best"]]]:
+        """Return the standard errors and biases of each source's best targets."""
+        error = torch.empty(index.shape, dtype=torch.float64, device=self.device)
+        bias = torch.empty_like(error)
+        for chosen in index.unique().split(self._sizes.weighed):
+            found = chain.weigh(masses, self._targets(chosen))
+            rows, ranks = ((index >= chosen[0]) & (index <= chosen[-1])).nonzero(as_tuple=True)
+            at = torch.searchsorted(chosen, index[rows, ranks])
+            error[rows, ranks], bias[rows, ranks] = found.standard_error[rows, at], found.bias[rows, at]
+            yield
+        return error, bias
+
+    def _rank(
+        self, num_sources: int, score: Callable[[Float[Tensor, "target d2"]], Float[Tensor, "source target"]]
+    ) -> Generator[None, None, Best]:
+        ranking = Ranking(num_sources, self.top_k, device=self.device)
+        for begin in range(0, len(self._target), self._sizes.ranked):
+            chosen = slice(begin, begin + self._sizes.ranked)
+            prior = None if self._log_prior is None else self._log_prior[chosen]
+            ranking.add(begin, score(self._targets(chosen)), prior)
+            yield
+        return ranking.best()
+
+    def _choose(
+        self, way: Summed, sizes: Float[Tensor, " source"], agreement: Float[Tensor, " source"] | None
+    ) -> Method:
+        """Settle what the call leaves open, from what was seen for the first sources."""
+        if self._log_prior is not None:
+            method, self._reason = "marginal", "a prior weighs ratios, which comparing vectors does not give"
+        elif len(way.chain.bridges) > 1:
+            method, self._reason = "marginal", "several bridges are summed over"
+        else:
+            method, self._reason = choose(
+                way.chain.links[0].critic,
+                comparable=way.comparable,
+                resultant=self._health.resultant,
+                sample_size=float(sizes.median()),
+                rank_agreement=None if agreement is None else _number(float(agreement.nanmedian())),
+            )
+        return method
+
+    def _targets(self, chosen: slice | Int64[Tensor, " target"]) -> Float[Tensor, "target d2"]:
+        """Return some targets, prepared; a few stay on the device, many are read where they lie."""
+        _, critic = ways.critics_of(self.way)
+        if self._target.size > MAX_KEPT_VALUES:
+            at = chosen if isinstance(chosen, slice) else chosen.cpu().numpy()
+            return self._on_device(critic, self._target[at])
+        if self._z_target is None:
+            self._z_target = self._on_device(critic, self._target)
+        return self._z_target[chosen]
+
+    def _on_device(self, critic: Critic, z: np.ndarray) -> Float[Tensor, "row dim"]:
+        return critics.prepare(critic, torch.tensor(z, device=self.device))
 
 
-def _score_trained(
-    way: Trained, z_source: Float[Tensor, "source dim"], z_target: Float[Tensor, "target dim"]
-) -> Scored:
-    """Remove each source's offset, log mean e^f over the bank, from its scores (Che & Eysenbach 2025, A2)."""
-    bank = way.bank
-    f = way.scale * critics.scores(way.critic, z_source, z_target).double() + way.bias
-    if bank is None:
-        return Scored(f, f, None, None, None)
-    f_bank = way.scale * critics.scores(way.critic, z_source, bank).double() + way.bias  # (source, bridge)
-    log_sum = torch.logsumexp(f_bank, 1)
-    size = (2 * log_sum - torch.logsumexp(2 * f_bank, 1)).exp().clamp(1.0, float(len(bank)))
-    log_ratio = f - (log_sum - math.log(len(bank)))[:, None]
-    standard_error = (1 / size - 1 / len(bank)).clamp(min=0).sqrt()
-    return Scored(log_ratio, log_ratio, standard_error[:, None].expand_as(f), size, None)
+@final
+@dataclass(frozen=True)
+class _Sizes:
+    """How a question is cut, by the largest matrix and the number of multiplications that each way has in a step."""
+
+    sources: int  # at once
+    probe: int  # targets on which a sum's health is judged
+    weighed: int  # targets of a step that looks closely
+    ranked: int  # targets of a step that ranks
+    carried: int  # bridge items of a step between two bridges
+    num_steps: int
+    length: int
+
+    @staticmethod
+    def of(way: Way, num_sources: int, shape: tuple[int, ...], top_k: int) -> _Sizes:
+        num, dim = shape
+        bridges = [len(z) for z, _ in ways.bridges_of(way)]
+        largest = max(bridges, default=1)
+        sources = min(num_sources, max(1, BLOCK_VALUES // 2 // max(largest, 1)))
+        is_sum = isinstance(way, Summed)
+        per_target = bridges[-1] * (dim + sources) if is_sum else sources * dim
+        per_weighed = bridges[-1] * (dim + 6 * sources) if is_sum else 1
+        ranked = _width(per_target, max(1, BLOCK_VALUES // sources))
+        weighed = _width(per_weighed, max(1, BLOCK_VALUES // largest))
+        if len(bridges) > 1:
+            weighed = max(weighed, min(PROBE, num))  # every step goes over all scores between two bridges
+        carried = _width(largest * (dim + sources), MAX_WIDTH)
+        winners = min(num, sources * top_k)
+        takes_all = num <= ALL or (2 * (winners + PROBE) >= num and sources * num <= BLOCK_VALUES)
+        probe = num if takes_all else PROBE
+        steps, products = math.ceil(num / ranked), num * per_target
+        if is_sum:
+            steps = math.ceil(probe / weighed) + (0 if takes_all else steps + math.ceil(winners / weighed))
+            products = probe * per_weighed + (0 if takes_all else products + winners * per_weighed)
+            steps += sum(math.ceil(each / carried) for each in bridges[1:])
+            products += sum(first * second * (dim + sources) for first, second in pairwise(bridges))
+        elif bridges:
+            products += sources * bridges[0] * dim
+        chunks = math.ceil(num_sources / sources)
+        steps, products = steps * chunks, products * chunks
+        if is_sum and len(way.chain.offsets) < len(bridges) - 1:
+            steps += sum(ROUNDS * math.ceil(each / carried) for pair in pairwise(bridges) for each in pair)
+            products += sum(2 * ROUNDS * first * second * dim for first, second in pairwise(bridges))
+        length = max(1, products // steps // PRODUCTS_PER_TOKEN)
+        return _Sizes(sources, probe, weighed, ranked, carried, steps, length)
 
 
-def _warnings(way: Way, length: float | None, *, trusted: bool) -> list[str]:
-    match way:
-        case Compared(is_trained=True):
-            found = ["this pair was trained by regression: comparing vectors ranks, but gives no ratio"]
-        case Compared(critic=critic):
-            found = ["this pair was never trained: comparing vectors ranks, but gives no ratio"]
-            if critic == "dot":
-                found.append("inner products of vectors of different lengths rank badly across a bridge: use marginal")
-            elif critic == "cosine" and length is not None and length > CONCENTRATED:
-                found.append(f"the bridge is concentrated (mean vector of length {length:.2f}): marginal ranks better")
-        case Trained(bank=None):
-            found = ["the model keeps no bank: the offset of each source is not removed from its log-ratios"]
-        case Trained():
-            found = [] if trusted else ["the effective sample size of the bank is small: offsets are uncertain"]
-        case Summed():
-            found = [] if trusted else ["the effective sample size is below 10: trust the order, not the numbers"]
-        case _:
-            assert_never(way)
-    return found
+def _width(products_each: int, most: int) -> int:
+    return max(1, min(STEP_PRODUCTS // max(1, products_each), most, MAX_WIDTH))
 
 
-def _number(value: float | None) -> float | None:
-    return None if value is None or not math.isfinite(value) else value
+def _joined(parts: Sequence[Tensor]) -> np.ndarray:
+    return torch.cat(list(parts)).cpu().numpy()
+
+
+def _listed(parts: Sequence[Tensor | None]) -> list[float] | None:
+    known = [part for part in parts if part is not None]
+    return torch.cat(known).tolist() if len(known) == len(parts) else None
+
+
+def _number(value: float) -> float | None:
+    return value if math.isfinite(value) else None

@@ -8,27 +8,24 @@ from itertools import count
 from typing import TYPE_CHECKING, Any, Final, assert_never, final
 
 import numpy as np
-import torch
 
 from service.contract.errors import Invalid, Malformed
-from service.contract.recipe import pair_name
 from service.contract.wire import ComposeCall, EmbedCall
-from worker.learning import critics
+from worker.serving import legs
 from worker.serving.batcher import Batcher, Ticket
-from worker.serving.compose import Compared, Composer, Summed, Trained, Way
-from worker.serving.encode import encode_items, entries, within_memory
-from worker.serving.sets import check_vectors
+from worker.serving.compose import Composer
+from worker.serving.encode import encode_items, entries
+from worker.serving.ways import Compared
 
 if TYPE_CHECKING:
-    from service.contract.recipe import Recipe
-    from service.contract.wire import Arrays, ComposeLeg
-    from worker.learning.model import Loaded
+    import torch
+
+    from service.contract.wire import Arrays
     from worker.serving.bridge import Bridges
     from worker.serving.residency import Residency
     from worker.serving.sets import Sets
 
 _number: Final = count()
-Legs = list[tuple["ComposeLeg", "Loaded"]]
 
 
 @final
@@ -93,7 +90,8 @@ async def _compose(parts: Parts, call: ComposeCall, sent: Arrays, deadline: floa
         entries=composer.entries(),
         deadline=deadline,
     )
-    document, found = composer.answer(await parts.batcher.submit(ticket))
+    await parts.batcher.submit(ticket)
+    document, found = composer.answer()
     if (target := sets.get("target")) is not None and target.keys is not None:
         keys = target.keys.take(found["index"].reshape(-1))
         found |= {"key.bytes": keys.data, "key.ends": keys.ends}
@@ -105,21 +103,20 @@ async def composer_of(parts: Parts, call: ComposeCall, arrays: Arrays) -> Compos
 
     Raises Invalid for what cannot be composed so, NotFound and Unavailable as `answer`.
     """
-    if not 1 <= len(call.legs) <= 2:
-        raise Invalid("one or two legs can be composed", param="legs", code="legs")
     models = await asyncio.gather(*(parts.residency.get(leg.model) for leg in call.legs))
-    legs = list(zip(call.legs, models, strict=True))
-    _check_legs(legs)
-    source = await _vectors(parts, call, arrays, "source", legs[0][1].recipe)
-    target = await _vectors(parts, call, arrays, "target", legs[-1][1].recipe)
+    named = list(zip(call.legs, models, strict=True))
+    legs.check(named)
+    source = await legs.vectors(parts.sets, call, arrays, "source", named[0][1])
+    target = await legs.vectors(parts.sets, call, arrays, "target", named[-1][1])
     log_prior = _log_prior(arrays, len(target)) if call.log_prior else None
-    way = await _way(parts, call, legs, arrays)
+    way = await legs.settle(parts, call, named, arrays)
     if log_prior is not None and isinstance(way, Compared):
         if way.is_trained:
             message = "a prior weighs ratios, and a pair that was trained by regression gives none"
             raise Invalid(message, param="prior", code="no_ratio")
         message = "a prior weighs ratios, and comparing the vectors of an untrained pair gives none"
         raise Invalid(f"{message}: use the method marginal", param="prior", code="untrained_pair")
+    path = legs.path_of(call, arrays)
     return Composer(
         way,
         source,
@@ -127,78 +124,8 @@ async def composer_of(parts: Parts, call: ComposeCall, arrays: Arrays) -> Compos
         log_prior=log_prior,
         top_k=call.top_k,
         device=parts.device,
+        keep=lambda chain: parts.bridges.keep_offsets(path, chain.offsets),
     )
-
-
-def _check_legs(legs: Legs) -> None:
-    for at, (leg, loaded) in enumerate(legs):
-        for modality in (leg.from_, leg.to):
-            if modality not in loaded.recipe.towers:
-                known = ", ".join(loaded.recipe.towers)
-                raise Invalid(f"the model has no modality {modality!r}; it has {known}", param=f"legs[{at}]")
-        # A single leg may be untrained: then its vectors are compared, and nothing more is claimed.
-        if len(legs) == 2 and not loaded.model.is_trained(leg.from_, leg.to):
-            trained = ", ".join(sorted(loaded.model.log_scales.keys()))
-            message = f"{leg.from_} and {leg.to} were never trained together; the model's trained pairs are {trained}"
-            raise Invalid(message, param=f"legs[{at}]", code="untrained_pair")
-    if len(legs) == 2 and legs[0][0].to != legs[1][0].from_:
-        raise Invalid(f"the legs do not meet: {legs[0][0].to!r} and {legs[1][0].from_!r}", param="legs", code="legs")
-
-
-async def _way(parts: Parts, call: ComposeCall, legs: Legs, arrays: Arrays) -> Way:
-    match call.method, legs:
-        case "direct", [(leg, loaded)]:
-            model, critic = loaded.model, loaded.model.critic
-            if not model.is_trained(leg.from_, leg.to):
-                return Compared(critic, is_trained=False, bridge=None)
-            if not model.gives_ratios(leg.from_, leg.to):
-                return Compared(critic, is_trained=True, bridge=None)
-            bank = loaded.banks.get(pair_name(leg.from_, leg.to))
-            bias = model.bias(leg.from_, leg.to)
-            return Trained(
-                critic,
-                float(model.scale(leg.from_, leg.to)),
-                0.0 if bias is None else float(bias),
-                None if bank is None else bank.vectors[leg.to],
-            )
-        case "direct", [(leg, first), (other, second)]:
-            if not await parts.bridges.comparable(legs[0], legs[1]):
-                message = f"the two models encode {leg.to!r} differently, so their vectors cannot be compared"
-                raise Invalid(f"{message}: use the method marginal", param="method", code="encoders_differ")
-            bank = first.banks.get(pair_name(leg.from_, leg.to))
-            return Compared(first.model.critic, is_trained=False, bridge=None if bank is None else bank.vectors[leg.to])
-        case "marginal", [(leg, first), (other, second)]:
-            for at, (each, loaded) in enumerate(legs):
-                if not loaded.model.gives_ratios(each.from_, each.to):
-                    message = f"{each.from_} and {each.to} were trained by regression, which gives no ratios to sum"
-                    raise Invalid(f"{message}: use the method direct", param=f"legs[{at}]", code="no_ratio")
-            if call.bank:
-                bridges = await parts.bridges.between(legs[0], legs[1])
-            else:
-                given = [
-                    await _vectors(parts, call, arrays, f"bridge.{at}", each.recipe)
-                    for at, each in enumerate((first, second))
-                ]
-                bridges = await asyncio.to_thread(_given_bridge, given, first, second, parts.device)
-            scales = float(first.model.scale(leg.from_, leg.to)), float(second.model.scale(other.from_, other.to))
-            of_legs = first.model.critic, second.model.critic
-            return Summed(of_legs, scales, bridges, comparable=await parts.bridges.comparable(legs[0], legs[1]))
-        case _:
-            raise Invalid("marginal sums over what joins two legs, and there is one", param="method", code="legs")
-
-
-async def _vectors(parts: Parts, call: ComposeCall, arrays: Arrays, name: str, recipe: Recipe) -> np.ndarray:
-    vectors = arrays.get(name)
-    if vectors is None or vectors.ndim != 2 or vectors.dtype != np.float32 or not len(vectors):
-        raise Malformed(f"{name} is a matrix of float32 vectors")
-    if vectors.shape[1] != recipe.dimensions:
-        dim = recipe.dimensions
-        raise Invalid(f"{name} vectors have {vectors.shape[1]} values; the model's have {dim}", param=name)
-    if name in call.sets:
-        await parts.sets.check(call.sets[name], vectors, recipe.critic, param=name)
-    else:
-        check_vectors(vectors, recipe.critic, param=name)
-    return vectors
 
 
 def _log_prior(arrays: Arrays, num: int) -> np.ndarray:
@@ -208,16 +135,3 @@ def _log_prior(arrays: Arrays, num: int) -> np.ndarray:
     if not (log_prior < np.inf).all() or not np.isfinite(log_prior).any():
         raise Invalid("a prior is not negative, and not every one is zero", param="prior")
     return log_prior
-
-
-def _given_bridge(
-    given: list[np.ndarray], first: Loaded, second: Loaded, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
-    left, right = given
-    if len(left) != len(right):
-        raise Malformed("bridge.0 and bridge.1 hold the same items")
-    with within_memory():
-        return (
-            critics.prepare(first.model.critic, torch.tensor(left, device=device)),
-            critics.prepare(second.model.critic, torch.tensor(right, device=device)),
-        )

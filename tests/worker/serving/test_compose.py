@@ -9,7 +9,10 @@ import pytest
 import torch
 
 from service.contract.losses import Critic
-from worker.serving.compose import Compared, Composer, Summed, Trained, Way
+from worker.composition.chains import Bridge, Chain
+from worker.composition.streaming import Link
+from worker.serving.compose import Composer
+from worker.serving.ways import Compared, Summed, Trained, Way
 
 CPU = torch.device("cpu")
 CRITICS: tuple[Critic, ...] = get_args(Critic)
@@ -36,7 +39,7 @@ def log_mean_exp(values: np.ndarray, axis: int) -> np.ndarray:
 
 def ask(way: Way, source: np.ndarray, target: np.ndarray) -> tuple[dict[str, np.ndarray], list[str]]:
     composer = Composer(way, source, target, log_prior=None, top_k=len(target), device=CPU)
-    document, arrays = composer.answer(composer.run(range(len(source))))
+    document, arrays = composer.answer_at_once()
     order = arrays["index"].argsort(axis=1)
     return {name: np.take_along_axis(arrays[name], order, axis=1) for name in ("score", "log_ratio")}, document[
         "warnings"
@@ -72,12 +75,9 @@ def test_a_trained_pair_is_scaled_and_its_offset_is_the_banks_whatever_the_bias(
 def test_each_leg_of_a_sum_has_its_own_critic(first: Critic, second: Critic) -> None:
     source, target = vectors(3, 0), vectors(4, 1)
     bridges = ready(first, vectors(60, 2)), ready(second, vectors(60, 3))
-    way = Summed(
-        (first, second),
-        (1.5, 0.7),
-        (torch.from_numpy(bridges[0]).float(), torch.from_numpy(bridges[1]).float()),
-        comparable=first == second,
-    )
+    bridge = Bridge(torch.from_numpy(bridges[0]).float(), torch.from_numpy(bridges[1]).float())
+    chain = Chain((Link(first, 1.5), Link(second, 0.7)), (bridge,))
+    way = Summed(chain, comparable=first == second)
     found, _ = ask(way, source, target)
     f = 1.5 * scores(first, ready(first, source), bridges[0])
     g = 0.7 * scores(second, bridges[1], ready(second, target))

@@ -16,13 +16,16 @@ import torch
 from service.contract.artifacts import Store
 from service.contract.errors import Invalid, IsthmusError, Malformed, Unavailable
 from service.contract.wire import Arrays, ComposeAnswer, ModelRef, call_adapter
+from worker.composition.chains import Bridge, Chain
+from worker.composition.streaming import Link
 from worker.learning.model import Loaded, load_model
 from worker.serving.batcher import Batcher
 from worker.serving.bridge import Bridges
-from worker.serving.compose import Composer, Summed, Trained
+from worker.serving.compose import Composer
 from worker.serving.operations import Answer, Parts, answer
 from worker.serving.residency import Residency
 from worker.serving.sets import Sets
+from worker.serving.ways import Summed, Trained
 
 CPU = torch.device("cpu")
 
@@ -242,8 +245,8 @@ GOOD = {"source": np.ones((1, 8), np.float32), "target": np.ones((1, 8), np.floa
 @pytest.mark.parametrize(
     ("legs", "method", "bank", "arrays", "message"),
     [
-        ([], "direct", True, {}, "one or two legs"),
-        ([IMAGE_TEXT] * 3, "marginal", True, {}, "one or two legs"),
+        ([], "direct", True, {}, "one leg at least"),
+        ([IMAGE_TEXT] * 3, "marginal", True, {}, "do not meet"),
         ([IMAGE_TEXT], "marginal", True, {}, "there is one"),
         ([IMAGE_TEXT, ("one", "state", "text")], "marginal", True, {}, "do not meet"),
         ([("one", "image", "smell")], "direct", True, {}, "no modality 'smell'"),
@@ -344,17 +347,18 @@ def test_only_the_cosine_needs_a_direction(
         ask(("dot", "image", "text"), method="direct", arrays=GOOD | {"source": zero + np.float32(np.inf)})
 
 
-def test_a_step_over_a_large_bridge_has_few_sources() -> None:
-    """The scores of a step's sources against the bridge lie in memory at once, however few the targets are."""
+def test_a_step_over_a_large_bridge_is_a_small_one() -> None:
+    """Few sources and few targets at once: what lies in memory does not grow with either, nor do the steps."""
     rng = np.random.default_rng(11)
-    source, target, bridge = unit(rng, 3), unit(rng, 1), torch.zeros(1 << 20, 8)
-    for way in (
-        Summed(("cosine", "cosine"), (1.0, 1.0), (bridge, bridge), comparable=True),
-        Trained("cosine", 1.0, 0.0, bridge),
-    ):
-        entries = Composer(way, source, target, log_prior=None, top_k=1, device=CPU).entries()
-        per_step = 16_384 // entries[0].length
-        assert per_step * len(bridge) <= 1 << 23
+    source, target, bridge = unit(rng, 300), unit(rng, 2000), torch.zeros(1 << 20, 8)
+    chain = Chain((Link("cosine", 1.0), Link("cosine", 1.0)), (Bridge(bridge, bridge),))
+    for way in (Summed(chain, comparable=True), Trained("cosine", 1.0, 0.0, bridge)):
+        composer = Composer(way, source, target, log_prior=None, top_k=1, device=CPU)
+        assert composer._sizes.sources * len(bridge) <= 1 << 22
+        assert composer._sizes.weighed * len(bridge) <= 1 << 22
+        lengths = {entry.length for entry in composer.entries()}
+        assert len(lengths) == 1  # so that they stay in order
+        assert max(lengths) << 16 <= 1 << 31
 
 
 def test_what_the_memory_does_not_hold_may_be_asked_again() -> None:
@@ -362,5 +366,5 @@ def test_what_the_memory_does_not_hold_may_be_asked_again() -> None:
     z = unit(np.random.default_rng(0), 2)
     composer = Composer(Trained("cosine", 1.0, 0.0, bank), z, z, log_prior=None, top_k=1, device=CPU)
     with pytest.raises(Unavailable, match="has not the memory") as caught:
-        composer.run([0])
+        composer.answer_at_once()
     assert caught.value.code == "out_of_memory"
