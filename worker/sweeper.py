@@ -37,7 +37,7 @@ _ARTIFACTS: Final = (
     sa.select(checkpoint.c.artifact),
     sa.select(job_result.c.body["artifact"].as_string())
     .join(job, job.c.id == job_result.c.job_id)
-    .where(job.c.kind.in_(("evaluate", "experiment"))),
+    .where(job.c.kind.in_(("evaluate", "experiment", "compose"))),
 )
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from service.catalogue import Model
+from service.catalogue import Catalogue, Model
 from service.contract.errors import Invalid
+from service.contract.jobs import ComposeArgs
+from service.contract.operations import ComposeRequest
 from service.contract.wire import ComposeLeg
 
 Method = Literal["direct", "marginal"]
@@ -38,6 +40,49 @@ class Way:
     def through(self) -> str | None:
         """Name the modality in the middle."""
         return self.legs[0].to if len(self.legs) == 2 else None
+
+
+async def models_of(catalogue: Catalogue, tenant: str, body: ComposeRequest | ComposeArgs) -> list[Model]:
+    """Return the models that a request names, one for each leg.
+
+    Raises NotFound, Invalid if it names both a model and legs, or neither.
+    """
+    if (body.model is None) == (body.legs is None):
+        raise Invalid("give either model or legs", param="model")
+    if body.model is not None:
+        return [await catalogue.find(tenant, body.model)]
+    return [
+        await catalogue.find(tenant, leg.model, param=f"legs[{index}].model")
+        for index, leg in enumerate(body.legs or [])
+    ]
+
+
+def way_of(body: ComposeRequest | ComposeArgs, models: list[Model], from_: str, to: str) -> Way:
+    """Choose the way that a request asks for, from the source's modality to the target's.
+
+    Raises Invalid where there is none.
+    """
+    through = body.through if isinstance(body.through, str) else None
+    if body.legs is not None:
+        if through is not None and (len(body.legs) < 2 or through != body.legs[0].to):
+            raise Invalid("the legs do not go through this modality", param="through")
+        legs = [Leg(model, leg.from_, leg.to) for model, leg in zip(models, body.legs, strict=True)]
+        return along(legs, from_, to, wanted=body.method)
+    if through is not None:
+        models[0].check_modality(through, param="through")
+    given = body.through is not None and through is None
+    return within(models[0], from_, to, through=through, given_bridge=given, wanted=body.method)
+
+
+def check_banks(way: Way) -> None:
+    """Raise Invalid for a leg whose model keeps no bridge."""
+    for leg in way.legs:
+        if not leg.model.has_bank(leg.from_, leg.to):
+            raise Invalid(
+                f"the model keeps no bridge bank of {leg.from_} and {leg.to}: give the bridge items with `through`",
+                param="through",
+                code="no_bank",
+            )
 
 
 def within(model: Model, source: str, target: str, *, through: str | None, given_bridge: bool, wanted: Wanted) -> Way:

@@ -10,20 +10,18 @@ import numpy as np
 from fastapi import APIRouter, Response
 from jaxtyping import Float32
 
-from service.catalogue import Model
 from service.contract.errors import Invalid, NotFound, TooLarge, UnsupportedMedia
 from service.contract.operations import ComposeRequest, ComposeResponse
 from service.contract.vectors import Strings
 from service.contract.wire import Arrays, ComposeAnswer, ComposeCall
-from service.deps import Inferrer, Running, Service
+from service.deps import Inferrer, Running
 from service.edge.problems import documented
 from service.inference.answers import check_matches, respond
 from service.inference.hangups import InferenceRoute
 from service.inference.inputs import Timings
-from service.inference.legs import Leg, Way, along, within
+from service.inference.legs import Way, check_banks, models_of, way_of
 from service.inference.operands import Reader, Tensors
 from service.inference.priors import as_log_prior
-from service.keys import Caller
 
 router = APIRouter(tags=["inference"], prefix="/v1", route_class=InferenceRoute)
 
@@ -40,13 +38,13 @@ async def create(service: Running, caller: Inferrer, body: ComposeRequest) -> Re
 
     With one `model` the bridge is a modality that it was trained on with both; with `legs` every step is named.
     """
-    models = await _models(service, caller, body)
+    models = await models_of(service.catalogue, caller.tenant, body)
     timings = Timings()
     reader = Reader(service, caller.tenant, timings, body.truncate)
     begin, end = (body.legs[0].from_, body.legs[-1].to) if body.legs else (None, None)
     source = await reader.read(models[0], body.source, "source", hint=body.source_modality, sum_hint=begin)
     target = await reader.read(models[-1], body.target, "target", hint=body.target_modality, sum_hint=end)
-    way = _way(body, models, source.modality, target.modality)
+    way = way_of(body, models, source.modality, target.modality)
     top_k = min(body.top_k, len(target))
     check_matches(len(source), top_k)
     log_prior = _log_prior(body, len(target))
@@ -79,49 +77,14 @@ async def create(service: Running, caller: Inferrer, body: ComposeRequest) -> Re
     )
 
 
-async def _models(service: Service, caller: Caller, body: ComposeRequest) -> list[Model]:
-    """Return the model of the first leg and of the last."""
-    if (body.model is None) == (body.legs is None):
-        raise Invalid("give either model or legs", param="model")
-    if body.model is not None:
-        return [await service.catalogue.find(caller.tenant, body.model)]
-    return [
-        await service.catalogue.find(caller.tenant, leg.model, param=f"legs[{index}].model")
-        for index, leg in enumerate(body.legs or [])
-    ]
-
-
-def _way(body: ComposeRequest, models: list[Model], from_: str, to: str) -> Way:
-    through = body.through if isinstance(body.through, str) else None
-    if body.legs is not None:
-        if through is not None and (len(body.legs) < 2 or through != body.legs[0].to):
-            raise Invalid("the legs do not go through this modality", param="through")
-        legs = [Leg(model, leg.from_, leg.to) for model, leg in zip(models, body.legs, strict=True)]
-        return along(legs, from_, to, wanted=body.method)
-    if through is not None:
-        models[0].check_modality(through, param="through")
-    given = body.through is not None and through is None
-    return within(models[0], from_, to, through=through, given_bridge=given, wanted=body.method)
-
-
 async def _add_bridge(reader: Reader, body: ComposeRequest, way: Way, tensors: Tensors) -> int:
     if way.method != "marginal":
         return 0
     if body.through is None or isinstance(body.through, str):
-        _check_banks(way)
+        check_banks(way)
         return 0
     first, second = way.legs
     return await reader.add_bridge((first.model, second.model), first.to, body.through, tensors)
-
-
-def _check_banks(way: Way) -> None:
-    for leg in way.legs:
-        if not leg.model.has_bank(leg.from_, leg.to):
-            raise Invalid(
-                f"the model keeps no bridge bank of {leg.from_} and {leg.to}: give the bridge items with `through`",
-                param="through",
-                code="no_bank",
-            )
 
 
 def _log_prior(body: ComposeRequest, num_targets: int) -> Float32[np.ndarray, " target"]:

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Final, final
 import numpy as np
 
 from service.contract.errors import Invalid, Permanent, Unavailable
-from service.contract.vectors import Vectors
+from service.contract.vectors import PARQUET, Strings, Vectors
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from pathlib import Path
 
     from jaxtyping import Float32
 
@@ -50,9 +51,22 @@ class Sets:
 
     def _open(self, ref: SetRef) -> Vectors:
         try:
-            return Vectors(self._store.local(ref.artifact))
+            return open_vectors(self._store.local(ref.artifact))
         except Permanent as error:
             raise Unavailable(error.message, code=error.code) from error
+
+
+def open_vectors(folder: Path) -> Vectors:
+    """Map the directory of an embedding set; the keys of a set of earlier versions are read from its table.
+
+    Raises Permanent if it cannot be read.
+    """
+    found = Vectors(folder)
+    if found.keys is None and (folder / PARQUET).exists():
+        import pyarrow.parquet as pq  # noqa: PLC0415  # 40 MB that hardly any inference process needs
+
+        found.keys = Strings.of(pq.read_table(folder / PARQUET, columns=["key"])["key"].to_pylist())
+    return found
 
 
 def check_vectors(vectors: Float32[np.ndarray, "row dim"], critic: Critic, *, param: str) -> None:
