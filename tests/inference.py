@@ -45,6 +45,7 @@ def _publish_model(
     width: int = 16,
     log_scales: dict[str, float] | None = None,
     loss: dict[str, Any] | None = None,
+    dimensions: int = 8,
 ) -> ModelRef:
     import numpy as np
     import torch
@@ -71,7 +72,7 @@ def _publish_model(
                 {"dataset": "ds_b", "modalities": ["state", "text"]},
                 {"dataset": "ds_c", "modalities": ["code", "text"]},
             ],
-            "dimensions": 8,
+            "dimensions": dimensions,
             "loss": loss,
             "seed": seed,
         }
