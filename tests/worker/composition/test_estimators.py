@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from worker.composition.diagnostics import spearman
-from worker.composition.estimators import direct, marginal
+from worker.composition.estimators import as_log_shares, direct, marginal
 
 
 def scores(sources: int, bridge: int, targets: int, size: float, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -175,3 +175,131 @@ def test_over_a_concentrated_bridge_it_ranks_better_than_comparing_vectors() -> 
     truth = over(bridge[2000:])
     assert float(spearman(over(bridge[:2000]), truth).mean()) >= 0.98
     assert float(spearman(direct("cosine", source, target), truth).mean()) <= 0.8
+
+
+@pytest.mark.parametrize("precise", [False, True])
+@pytest.mark.parametrize("normalise", [False, True])
+def test_weights_count_an_item_as_often_as_it_would_have_been_drawn(precise: bool, normalise: bool) -> None:
+    """Whole weights are repetitions, weights of zero are absences, and a factor of all of them is nothing."""
+    f_source, f_target = scores(4, 30, 6, 2.0)
+    often = torch.randint(0, 4, (30,), generator=torch.Generator().manual_seed(1))
+    drawn = torch.repeat_interleave(torch.arange(30), often)
+    weighed = marginal(f_source, f_target, normalise=normalise, weights=0.37 * often, precise=precise)
+    repeated = marginal(f_source[:, drawn], f_target[drawn], normalise=normalise)
+    torch.testing.assert_close(weighed.log_ratio, repeated.log_ratio, atol=1e-5, rtol=0)
+
+
+def test_weights_recover_from_a_tilted_bridge_what_an_even_one_gives() -> None:
+    """The items are drawn from q(b), as a list of captions may be; p / q puts them right, and the error covers it."""
+    generator = torch.Generator().manual_seed(2)
+    source, target = 2 * unit(5, 4, 5), unit(6, 4, 6)
+    truth = marginal(source @ (b := unit(200_000, 4, 7)).T, 2 * b @ target.T, normalise=True, precise=False).log_ratio
+    covered: list[Tensor] = []
+    off: list[Tensor] = []
+    for seed in range(20):
+        even = unit(4000, 4, 100 + seed)
+        tilt = (1.5 * even[:, 0]).exp()  # q / p, but for a factor
+        bridge = even[torch.rand(4000, generator=generator) < tilt / tilt.max()]
+        f_source, f_target = source @ bridge.T, 2 * bridge @ target.T
+        found = marginal(f_source, f_target, normalise=True, weights=(-1.5 * bridge[:, 0]).exp())
+        covered.append((found.log_ratio - truth).abs() <= 2 * found.standard_error)
+        off.append(marginal(f_source, f_target, normalise=True).log_ratio - truth)
+    assert float(torch.stack(covered).double().mean()) >= 0.9
+    assert float(torch.stack(off).mean(0).abs().max()) >= 0.15
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ([1.0], "1 weights for 3"),
+        ([1.0, -1.0, 1.0], "not negative"),
+        ([0.0] * 3, "above zero"),
+        ([1, 1, math.nan], "finite"),
+    ],
+)
+def test_weights_that_are_none_are_refused(weights: list[float], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        as_log_shares(3, torch.tensor(weights))
+
+
+@pytest.mark.parametrize("size", [0.1, 3.0, 40.0, 300.0])
+@pytest.mark.parametrize("normalise", [False, True])
+def test_single_precision_gives_the_same_answer(size: float, normalise: bool) -> None:
+    """Underflow included: what float32 cannot hold is summed in float64."""
+    exact = marginal(*scores(6, 50, 5, size), normalise=normalise)
+    quick = marginal(*scores(6, 50, 5, size), normalise=normalise, precise=False)
+    torch.testing.assert_close(quick.log_ratio, exact.log_ratio, atol=1e-5 * max(1.0, size), rtol=0)
+    torch.testing.assert_close(quick.effective_sample_size, exact.effective_sample_size, rtol=1e-3, atol=0)
+    torch.testing.assert_close(quick.standard_error, exact.standard_error, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(quick.bias, exact.bias, rtol=1e-3, atol=1e-3)
+
+
+def gaussian_question(dim: int, noise: float, num_bridge: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Exact scores for b ~ N(0, 1), a and c = b + noise: with sources and targets of 20 draws, and the exact answer."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(rows: int) -> Tensor:
+        return torch.randn(rows, dim, generator=generator, dtype=torch.float64)
+
+    b = draw(20)
+    a, c, bridge = b + noise * draw(20), b + noise * draw(20), draw(num_bridge)
+    square = noise**2
+    posterior, marginal_variance = square / (1 + square), 1 + square
+
+    def f(x: Tensor) -> Tensor:
+        """Return log p(b | x) - log p(b)."""
+        apart = torch.cdist(x / marginal_variance, bridge).square()
+        return -apart / posterior / 2 - dim * math.log(posterior) / 2 + bridge.square().sum(1) / 2
+
+    variance = posterior + square
+    exact = -torch.cdist(a / marginal_variance, c).square() / variance / 2 - dim * math.log(variance) / 2
+    exact += c.square().sum(1) / marginal_variance / 2 + dim * math.log(marginal_variance) / 2
+    return f(a), f(c).T, exact
+
+
+@pytest.mark.parametrize(("dim", "noise", "num"), [(2, 1.0, 1000), (4, 1.0, 2000), (8, 2.0, 2000)])
+@pytest.mark.parametrize("normalise", [False, True])
+def test_two_standard_errors_cover_the_exact_answer_where_the_sum_is_healthy(
+    dim: int, noise: float, num: int, normalise: bool
+) -> None:
+    """Acceptance: at a median sample size of 30 and more, coverage at least .80 and errors of at most .25 nats."""
+    covered: list[Tensor] = []
+    squares: list[Tensor] = []
+    for seed in range(20):
+        f_source, f_target, exact = gaussian_question(dim, noise, num, seed)
+        found = marginal(f_source, f_target, normalise=normalise)
+        assert bool(found.trusted.any())
+        error = found.log_ratio - exact
+        covered.append(error.abs() <= 2 * found.standard_error)
+        squares.append(error.square())
+    assert float(torch.stack(covered).double().mean()) >= 0.88
+    assert float(torch.stack(squares).mean().sqrt()) <= 0.25
+
+
+@pytest.mark.parametrize(("dim", "noise"), [(16, 1.0), (16, 0.5)])
+def test_on_a_hard_bridge_the_values_are_not_trusted(dim: int, noise: float) -> None:
+    """Where every draw misses the items that matter, the sum is nats too low, and it says so."""
+    f_source, f_target, exact = gaussian_question(dim, noise, 5000, 0)
+    found = marginal(f_source, f_target, normalise=True)
+    assert not bool(found.trusted.any())
+    assert float((found.log_ratio - exact).diagonal().mean()) < -0.5
+
+
+def test_the_bias_is_what_the_sum_is_off_by_on_average() -> None:
+    """Of the second order: told, it halves what is left at least."""
+    left: list[Tensor] = []
+    told: list[Tensor] = []
+    for seed in range(300):
+        f_source, f_target, exact = gaussian_question(2, 0.7, 60, seed)
+        found = marginal(f_source[:3], f_target[:, :3], normalise=False)
+        left.append(found.log_ratio - exact[:3, :3])
+        told.append(found.bias)
+    assert float(torch.stack(left).mean()) < -0.05
+    assert float(torch.stack(told).mean()) == pytest.approx(float(torch.stack(left).mean()), rel=0.5)
+
+
+def test_one_bridge_item_has_an_answer_and_no_claim() -> None:
+    found = marginal(torch.tensor([[3.0]]), torch.tensor([[2.0, -1.0]]), normalise=False)
+    assert found.log_ratio.tolist() == [[5.0, 2.0]]
+    assert found.effective_sample_size.tolist() == [[1.0, 1.0]]
+    assert not bool(found.trusted.any())
