@@ -12,11 +12,11 @@ from pydantic import Field
 from service.contract.word import Word
 
 ExperimentName = Literal[
-    "square-loss", "certificate", "completeness", "temperature-margin", "one-sided", "batch-size", "k-sample"
+    "square-loss", "certificate", "completeness", "temperature-margin", "one-sided", "batch-size", "k-sample", "mazes"
 ]
 """For ever, as job rows hold them; a new one goes to the end."""
 
-Paper = Literal["clip-transfer", "sufficiency"]
+Paper = Literal["clip-transfer", "sufficiency", "unpaired"]
 Verdict = Literal["holds", "fails", "reported"]
 """reported: nothing was asserted, so there is nothing that could fail."""
 
@@ -25,6 +25,8 @@ PAPERS: Final[dict[Paper, str]] = {
     "CLIP, ICLR 2024, arXiv 2310.00927",
     "sufficiency": "Oko, Lin, Cai, Mei: A Statistical Theory of Contrastive Pre-training and Multimodal Generative AI, "
     "2025, arXiv 2501.04641",
+    "unpaired": 'Che, Eysenbach: The "Law" of the Unconscious Contrastive Learner: Probabilistic Alignment of Unpaired '
+    "Modalities, ICLR 2025, arXiv 2501.11326",
 }
 
 
@@ -93,6 +95,14 @@ EXPERIMENTS: Final[dict[ExperimentName, Experiment]] = {
             place="section 3, the K-sample risk",
             claim="The excess contrastive risk of a score is its insufficiency; few negatives under-report it.",
             duration_s=100,
+        ),
+        Experiment(
+            name="mazes",
+            paper="unpaired",
+            place="section 6.3 and appendix D",
+            claim="An agent that learned where its actions lead, and which labels hold where, finds a label that "
+            "names a whole row or column more often by summing over states than by comparing actions with labels.",
+            duration_s=200,
         ),
     )
 }

@@ -10,6 +10,7 @@ from worker.theory import (
     certificate,
     completeness,
     k_sample,
+    mazes,
     one_sided,
     square_loss,
     temperature_margin,
@@ -34,6 +35,8 @@ def run(name: ExperimentName, setting: Setting) -> Outcome:
             return batch_size.run(setting)
         case "k-sample":
             return k_sample.run(setting)
+        case "mazes":
+            return mazes.run(setting)
         case _:
             assert_never(name)
 
@@ -55,5 +58,7 @@ def num_runs(name: ExperimentName, num_seeds: int) -> int:
             return batch_size.num_runs(num_seeds)
         case "k-sample":
             return k_sample.num_runs(num_seeds)
+        case "mazes":
+            return mazes.num_runs(num_seeds)
         case _:
             assert_never(name)

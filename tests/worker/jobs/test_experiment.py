@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, get_args
 import pytest
 
 from service.contract.errors import Cancelled
-from service.contract.experiments import EXPERIMENTS, Bar, ExperimentName, ExperimentReport
+from service.contract.experiments import EXPERIMENTS, PAPERS, Bar, ExperimentName, ExperimentReport
 from service.contract.jobs import ExperimentArgs
 from worker.jobs import experiment
-from worker.theory import batch_size, measures, one_sided, square_loss, temperature_margin
+from worker.theory import batch_size, mazes, mazes_policies, measures, one_sided, square_loss, temperature_margin
 from worker.theory import completeness as theory_completeness
 from worker.theory import experiments as theory
 
@@ -34,6 +34,11 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "STEPS", 100)
     monkeypatch.setattr(batch_size, "STEPS", 20)
     monkeypatch.setattr(batch_size, "FACTOR_SIZES", (2, 20, 40, 320))
+    monkeypatch.setattr(mazes, "STEPS", 100)
+    monkeypatch.setattr(mazes, "NUM_WALKS", 100)
+    monkeypatch.setattr(mazes, "MAX_STEPS", 5)
+    monkeypatch.setattr(mazes, "BRIDGE", 50)
+    monkeypatch.setattr(mazes_policies, "BATCH_SIZE", 16)
     assert one_sided.STEPS > 100  # its own is for its words alone: it trains as temperature-margin does
 
 
@@ -48,7 +53,7 @@ def test_every_experiment_writes_a_report_a_page_and_plots(name: ExperimentName,
     assert report.experiment == name
     assert report.seeds == [5, 6]
     assert report.claim == EXPERIMENTS[name].claim
-    assert "2310.00927" in report.paper
+    assert report.paper == PAPERS[EXPERIMENTS[name].paper]
     assert report.set_up
     assert report.notes
     assert any(each.bar is not None for each in report.findings), "every claim is judged by something"
@@ -60,11 +65,12 @@ def test_every_experiment_writes_a_report_a_page_and_plots(name: ExperimentName,
     assert progress[-1]["done"] == progress[-1]["total"] == theory.num_runs(name, 2)
 
     files = {path.name for path in folder.iterdir()} - {"manifest.json"}
-    assert files == {"report.json", "report.html"} | {f"{curve.name}.png" for curve in report.curves}
-    assert all((folder / f"{curve.name}.png").read_bytes().startswith(b"\x89PNG") for curve in report.curves)
+    drawn = [*report.curves, *report.maps]
+    assert files == {"report.json", "report.html"} | {f"{each.name}.png" for each in drawn}
+    assert all((folder / f"{each.name}.png").read_bytes().startswith(b"\x89PNG") for each in drawn)
     page = (folder / "report.html").read_text(encoding="utf-8")
     assert report.findings[0].name in page or "|" in report.findings[0].name
-    assert page.count("<img") == len(report.curves)
+    assert page.count("<img") == len(drawn)
     assert not re.search(r"""(src|href)=["'](?!data:)""", page), "a page needs no other file"
     assert "<script" not in page
 
