@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, StrictBool, StrictInt, StrictStr
+from pydantic import ConfigDict, Field, StrictBool, StrictInt, StrictStr
 
 from service.contract.items import Item, Items
 from service.contract.word import Id, ModalityName, Real, Word
@@ -150,6 +150,8 @@ class ClassifyResponse(Word):
 class Leg(Word):
     """One step of a composition: a model and the trained pair of it that is walked."""
 
+    model_config = ConfigDict(serialize_by_alias=True)  # a job's legs are written to its row, and read from there
+
     model: Id
     from_: Annotated[ModalityName, Field(alias="from")]
     to: ModalityName
@@ -161,8 +163,25 @@ class EmbeddingSetRef(Word):
     embeddings: Id
 
 
+Through = (
+    ModalityName
+    | EmbeddingSetRef
+    | Annotated[list[EmbeddingSetRef], Field(min_length=1, max_length=8)]
+    | Annotated[list[Item], Field(fail_fast=True, min_length=1)]
+    | None
+)
+BridgeWeights = Annotated[list[Annotated[Real, Field(ge=0)]], Field(fail_fast=True, min_length=1)]
+
+
+class Joint(Word):
+    """The bridge between two of several legs."""
+
+    through: Annotated[Through, Field(description="as `through` of a request with two legs; null: the models' banks")]
+    weights: Annotated[BridgeWeights | None, Field(description="as `bridge_weights`")] = None
+
+
 class ComposeRequest(Word):
-    """Questions across modalities: each source item against every target, through a bridge."""
+    """Questions across modalities: each source item against every target, through a bridge or several in turn."""
 
     source: Items | EmbeddingSetRef
     target: Items | EmbeddingSetRef
@@ -171,22 +190,29 @@ class ComposeRequest(Word):
     source_modality: Annotated[ModalityName | None, Field(description="what bare strings in `source` are")] = None
     target_modality: Annotated[ModalityName | None, Field(description="what bare strings in `target` are")] = None
     through: Annotated[
-        ModalityName
-        | EmbeddingSetRef
-        | Annotated[list[EmbeddingSetRef], Field(min_length=1, max_length=8)]
-        | Annotated[list[Item], Field(fail_fast=True, min_length=1)]
-        | None,
+        Through | Annotated[list[Joint], Field(min_length=1, max_length=7)],
         Field(
             description="the bridge: a modality (its bank is used), items, or an embedding set, for legs of two models "
-            "one of each model over the same samples; null: the model's bank"
+            "one of each model over the same samples; null: the model's bank. For more than two legs a list of joints, "
+            "one between each two legs; null: all from banks"
+        ),
+    ] = None
+    bridge_weights: Annotated[
+        BridgeWeights | None,
+        Field(
+            description="for bridge items that were not drawn from p(b) but from another distribution q: p / q of each "
+            "item of `through`, but for a factor; null: all alike"
         ),
     ] = None
     method: Annotated[
-        Literal["auto", "direct", "marginal"],
+        Literal["auto", "direct", "marginal", "analytic"],
         Field(
             description="direct: compare the vectors; "
             "marginal: log-sum-exp over bridge samples (Che & Eysenbach 2025, Lemma 1); "
-            "auto: direct for a trained pair, marginal otherwise"
+            "analytic: the sum in closed form, for two legs of one space (Lemma 2: the cosine over an even sphere, "
+            "Lemma 3: the squared distance over a normal bridge); "
+            "auto: direct for a trained pair, otherwise marginal, or direct where few bridge items would carry the sum "
+            "and comparing is known to rank as well; `diagnostics.reason` says why"
         ),
     ] = "auto"
     prior: Annotated[
@@ -211,13 +237,24 @@ class Match(Word):
 class Diagnostics(Word):
     """How far the answer for one source item can be trusted."""
 
-    method: Literal["direct", "marginal"]
+    method: Literal["direct", "marginal", "analytic"]
     reason: str
-    through: str | None
-    bridge_size: int | None
-    effective_sample_size: Annotated[float | None, Field(description="median over the targets (Kish)")]
+    through: Annotated[str | None, Field(description="the modality in the middle of two legs")]
+    path: Annotated[list[str], Field(description="the modalities in the order in which the legs walk them")]
+    bridge_size: Annotated[int | None, Field(description="of several bridges the smallest")]
+    effective_sample_size: Annotated[
+        float | None, Field(description="median over the targets (Kish); of several bridges that of the worst")
+    ]
+    standard_error: Annotated[float | None, Field(description="median over the matches, nats")]
+    bias: Annotated[
+        float | None, Field(description="median over the matches, nats: what a log-ratio is expected to be off by")
+    ]
     bridge_resultant: Annotated[
-        float | None, Field(description="length of the mean unit bridge vector: direct ranking suffers above about .3")
+        float | None,
+        Field(
+            description="length of the mean unit bridge vector, of several bridges the largest: "
+            "direct ranking suffers above about .3"
+        ),
     ]
     direct_marginal_spearman: Annotated[
         float | None,

@@ -116,7 +116,9 @@ def run(args: ComposeArgs, ctx: Context) -> ComposeResult:
                 done = start + len(block) * at / len(steps)
                 ctx.progress(int(done), len(source.z), (len(source.z) - done) * (time.monotonic() - began) / done)
             document, found = composer.answer()
-            summary.add(ComposeAnswer.model_validate(document), found)
+            answer = ComposeAnswer.model_validate(document)
+            call = call.model_copy(update={"method": answer.method})  # what the first block decided holds for all
+            summary.add(answer, found)
             table.write_table(_rows(source.keys, target.keys, start, found, len(target.z)))
     described = summary.described() | {
         "source": args.source.model_dump(),

@@ -40,7 +40,9 @@ BLOCK_VALUES: Final = 1 << 22  # of one matrix of a step: bridge by targets, or 
 MAX_WIDTH: Final = 4096
 PROBE: Final = 256  # targets on which the health of a sum is judged, where not all are looked at anyway
 ALL: Final = 512  # targets up to which they are
-MAX_KEPT_VALUES: Final = 1 << 25  # of targets that stay on the device between steps
+MAX_KEPT_VALUES: Final = (
+    1 << 22
+)  # of targets that stay on the device between steps; more are read again from their file
 
 
 @final

@@ -1,0 +1,162 @@
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from service.contract.errors import Cancelled, Invalid, Permanent
+from service.contract.jobs import ComposeArgs, EmbedArgs, Input
+from service.contract.vectors import Strings, write_index
+from worker.composition.estimators import marginal
+from worker.jobs import compose, embed
+from worker.learning.model import load_model
+
+if TYPE_CHECKING:
+    from worker.learning.model import Loaded
+
+LEGS = [{"model": "model_a", "from": "imu", "to": "text"}, {"model": "model_a", "from": "text", "to": "codes"}]
+
+
+@pytest.fixture(scope="module")
+def sets(trained: Any) -> Any:
+    """The bench with embedding sets of all of `imu` (400), `codes` (400) and of the captions beside `imu`."""
+    inputs = dict(trained.inputs)
+    bench = replace(trained, inputs=inputs)
+    for modality, dataset in (("imu", "ds_imu"), ("codes", "ds_codes"), ("text", "ds_imu")):
+        args = EmbedArgs(model="model_a", dataset=dataset, modality=modality)
+        result = embed.run(args, bench.context(f"job_set{modality}"))
+        inputs[f"emb_{modality}"] = Input(
+            artifact=result.artifact, digest=result.digest, id=f"emb_{modality}", kind="embeddings"
+        )
+    return bench
+
+
+@pytest.fixture(scope="module")
+def loaded(sets: Any) -> Loaded:
+    return load_model(sets.store.local(sets.inputs["model_a"]["artifact"]), "cpu")
+
+
+def vectors(bench: Any, name: str) -> torch.Tensor:
+    return torch.from_numpy(np.load(bench.store.local(bench.inputs[name]["artifact"]) / "vectors.npy"))
+
+
+def args_of(**changes: Any) -> ComposeArgs:
+    document: dict[str, Any] = {
+        "source": {"embeddings": "emb_imu"},
+        "target": {"embeddings": "emb_codes"},
+        "legs": LEGS,
+        "method": "marginal",
+        "top_k": 5,
+    }
+    return ComposeArgs.model_validate(document | changes)
+
+
+def by_hand(bench: Any, loaded: Loaded, *, bridge: torch.Tensor | None = None) -> torch.Tensor:
+    """Sum over the bridge with everything in memory: log-ratios of all sources and all targets."""
+    if bridge is None:
+        bridge = torch.cat([loaded.banks[pair].vectors["text"] for pair in ("imu+text", "codes+text")])
+    scales = [float(loaded.model.scale(*pair)) for pair in (("imu", "text"), ("codes", "text"))]
+    f_source = scales[0] * vectors(bench, "emb_imu") @ bridge.T
+    return marginal(f_source, scales[1] * bridge @ vectors(bench, "emb_codes").T, normalise=True).log_ratio
+
+
+def check(bench: Any, result: Any, log_ratio: torch.Tensor) -> None:
+    """Hold a job's table against all log-ratios."""
+    table = pq.read_table(bench.store.local(result.artifact) / "matches.parquet").to_pydict()
+    num, k = len(log_ratio), result.top_k
+    index = np.array(table["target_index"]).reshape(num, k)
+    best = log_ratio.topk(k, dim=1).values.numpy()
+    np.testing.assert_allclose(log_ratio.gather(1, torch.from_numpy(index)), best, atol=1e-4)
+    np.testing.assert_allclose(np.array(table["log_ratio"]).reshape(num, k), best, atol=1e-4)
+    posterior = log_ratio.softmax(1).gather(1, torch.from_numpy(index))
+    np.testing.assert_allclose(np.array(table["posterior"]).reshape(num, k), posterior, atol=1e-4)
+    assert table["source"] == [f"i{row}" for row in range(num) for _ in range(k)]
+    assert table["source_index"] == [row for row in range(num) for _ in range(k)]
+    assert table["rank"] == [*range(k)] * num
+    assert table["target"] == [f"c{at}" for at in index.reshape(-1)]
+    assert (np.array(table["standard_error"]) >= 0).all()
+
+
+def test_every_source_gets_its_best_targets_as_by_hand(sets: Any, loaded: Loaded) -> None:
+    result = compose.run(args_of(), sets.context("job_plain"))
+    assert (result.artifact, result.num_sources, result.num_targets) == ("reports/job_plain/1", 400, 400)
+    check(sets, result, by_hand(sets, loaded))
+    summary = json.loads((sets.store.local(result.artifact) / "summary.json").read_text())
+    assert (summary["method"], summary["normalised"], summary["bridge_size"]) == ("marginal", True, 1024)
+    assert summary["effective_sample_size"]["min"] <= summary["effective_sample_size"]["median"]
+    assert summary["legs"] == LEGS
+    assert result.summary == summary["figures"]
+    assert result.summary["median_effective_sample_size"] > 1
+    progress = sets.said("job_plain", "progress")
+    assert (progress[-1]["done"], progress[-1]["total"]) == (400, 400)
+
+
+def test_samples_are_embedded_on_the_way_and_a_set_can_be_the_bridge(sets: Any, loaded: Loaded) -> None:
+    target = {"dataset": "ds_codes", "modality": "codes"}
+    result = compose.run(args_of(target=target, through={"embeddings": "emb_text"}), sets.context("job_samples"))
+    check(sets, result, by_hand(sets, loaded, bridge=vectors(sets, "emb_text")))
+
+
+def test_blocks_of_any_size_find_the_same(sets: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    tables: list[dict[str, Any]] = []
+    for size in (400, 33):
+        monkeypatch.setattr(compose, "BLOCK", size)
+        result = compose.run(args_of(), sets.context(f"job_by{size}"))
+        tables.append(pq.read_table(sets.store.local(result.artifact) / "matches.parquet").to_pydict())
+    np.testing.assert_allclose(tables[0]["log_ratio"], tables[1]["log_ratio"], atol=1e-5)
+    assert tables[0]["source"] == tables[1]["source"]
+
+
+def test_what_a_method_does_not_state_is_null(sets: Any) -> None:
+    result = compose.run(args_of(method="direct"), sets.context("job_direct"))
+    table = pq.read_table(sets.store.local(result.artifact) / "matches.parquet")
+    assert set(table["log_ratio"].to_pylist()) == set(table["posterior"].to_pylist()) == {None}
+    scores = vectors(sets, "emb_imu") @ vectors(sets, "emb_codes").T
+    found = np.array(table["score"].to_pylist()).reshape(400, 5)
+    np.testing.assert_allclose(found, scores.topk(5, dim=1).values, atol=1e-5)
+    assert any("never trained" in warning for warning in result.warnings)
+
+
+def test_vectors_that_the_leg_did_not_make_are_refused(sets: Any) -> None:
+    with pytest.raises(Permanent, match="source: emb_text holds text, and the leg has imu"):
+        compose.run(args_of(source={"embeddings": "emb_text"}), sets.context("job_wrong"))
+    moved = {name: Input(**given) for name, given in sets.inputs.items()}
+    moved["model_a"]["digest"] = "0" * 64
+    with pytest.raises(Permanent, match="another model than model_a"):
+        compose.run(args_of(), replace(sets, inputs=moved).context("job_moved"))
+    legs = [LEGS[0] | {"to": "codes"}, LEGS[1] | {"from": "codes"}]
+    with pytest.raises(Invalid, match="never trained together"):
+        compose.run(args_of(legs=legs), sets.context("job_untrained"))
+
+
+def test_a_cancelled_job_publishes_nothing_and_can_be_run_again(sets: Any, loaded: Loaded) -> None:
+    context = sets.context("job_stopped")
+    context.ask("cancel")
+    with pytest.raises(Cancelled):
+        compose.run(args_of(), context)
+    assert not sets.store.exists("reports/job_stopped/1")
+    check(sets, compose.run(args_of(), sets.context("job_stopped", epoch=2)), by_hand(sets, loaded))
+
+
+@pytest.mark.parametrize("num", [5_000, pytest.param(200_000, marks=pytest.mark.slow)])
+def test_many_targets_are_looked_through_in_blocks(sets: Any, loaded: Loaded, num: int) -> None:
+    rng = np.random.default_rng(3)
+    z = rng.normal(size=(num, 16)).astype(np.float32)
+    z /= np.linalg.norm(z, axis=1, keepdims=True)
+    folder = sets.root / f"make-{num}"
+    folder.mkdir()
+    np.save(folder / "vectors.npy", z)
+    write_index(folder, Strings.of(f"c{row}" for row in range(num)))
+    name, key = f"emb_{num}", f"embeddings/emb_{num}/1"
+    body = {"model_digest": sets.inputs["model_a"]["digest"], "modality": "codes"}
+    manifest = sets.store.publish(folder, key, kind="embeddings", id=name, body=body)
+    sets.inputs[name] = Input(artifact=key, digest=manifest.digest, id=name, kind="embeddings")
+    bench = replace(sets, inputs=sets.inputs | {"emb_codes": sets.inputs[name]})
+    result = compose.run(args_of(), bench.context(f"job_{num}"))
+    assert result.num_targets == num
+    check(bench, result, by_hand(bench, loaded))
