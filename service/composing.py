@@ -33,7 +33,7 @@ async def _settled(service: Service, tenant: str, args: SubmitCompose) -> Submit
     way = way_of(args, models, begin, end)
     if way.method == "marginal":
         if args.through is None or isinstance(args.through, str):
-            check_banks(way)
+            check_banks(way.legs)
         else:
             reader = Reader(service, tenant, Timings(), truncate=False)
             first, second = way.legs

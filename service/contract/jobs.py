@@ -127,7 +127,8 @@ class ComposeArgs(Word):
         ),
     ] = None
     method: Annotated[
-        Literal["auto", "direct", "marginal"], Field(description="as for POST /v1/compose; auto is settled at once")
+        Literal["auto", "direct", "marginal", "analytic"],
+        Field(description="as for POST /v1/compose; auto is settled at once, by the legs alone"),
     ] = "auto"
     top_k: TopK = 10
 

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from service.catalogue import Catalogue, Model
 from service.contract.errors import Invalid
 from service.contract.jobs import ComposeArgs
-from service.contract.operations import ComposeRequest
+from service.contract.operations import ComposeRequest, Joint
 from service.contract.wire import ComposeLeg
 
-Method = Literal["direct", "marginal"]
-Wanted = Literal["auto", "direct", "marginal"]
+Method = Literal["direct", "marginal", "analytic"]
+Wanted = Literal["auto", "direct", "marginal", "analytic"]
 
 
 @dataclass(frozen=True)
@@ -35,11 +36,17 @@ class Way:
     legs: list[Leg]
     method: Method
     reason: str
+    is_open: bool = False  # the health of the sum may make it a direct comparison
 
     @property
     def through(self) -> str | None:
         """Name the modality in the middle."""
         return self.legs[0].to if len(self.legs) == 2 else None
+
+    @property
+    def path(self) -> list[str]:
+        """Name the modalities that it goes through."""
+        return [self.legs[0].from_, *(leg.to for leg in self.legs)]
 
 
 async def models_of(catalogue: Catalogue, tenant: str, body: ComposeRequest | ComposeArgs) -> list[Model]:
@@ -62,7 +69,15 @@ def way_of(body: ComposeRequest | ComposeArgs, models: list[Model], from_: str, 
 
     Raises Invalid where there is none.
     """
-    through = body.through if isinstance(body.through, str) else None
+    given = body.through
+    if isinstance(given, list) and isinstance(given[0], Joint):
+        if len(given) != (num := 1 if body.legs is None else len(body.legs) - 1):
+            raise Invalid(f"{len(given)} bridges for {num} joints between legs", param="through", code="bridges")
+        given = given[0].through if num == 1 else None
+    elif given is not None and body.legs is not None and len(body.legs) > 2:
+        message = "several legs have a bridge between each two: give a list of joints, or none for the models' banks"
+        raise Invalid(message, param="through", code="bridges")
+    through = given if isinstance(given, str) else None
     if body.legs is not None:
         if through is not None and (len(body.legs) < 2 or through != body.legs[0].to):
             raise Invalid("the legs do not go through this modality", param="through")
@@ -70,13 +85,13 @@ def way_of(body: ComposeRequest | ComposeArgs, models: list[Model], from_: str, 
         return along(legs, from_, to, wanted=body.method)
     if through is not None:
         models[0].check_modality(through, param="through")
-    given = body.through is not None and through is None
-    return within(models[0], from_, to, through=through, given_bridge=given, wanted=body.method)
+    is_given = given is not None and through is None
+    return within(models[0], from_, to, through=through, given_bridge=is_given, wanted=body.method)
 
 
-def check_banks(way: Way) -> None:
+def check_banks(legs: Sequence[Leg]) -> None:
     """Raise Invalid for a leg whose model keeps no bridge."""
-    for leg in way.legs:
+    for leg in legs:
         if not leg.model.has_bank(leg.from_, leg.to):
             raise Invalid(
                 f"the model keeps no bridge bank of {leg.from_} and {leg.to}: give the bridge items with `through`",
@@ -107,8 +122,10 @@ def within(model: Model, source: str, target: str, *, through: str | None, given
             code="no_bridge",
         )
     untrained = f"{source} and {target} were never trained together; both were trained with {bridge}"
-    reason = "asked for" if wanted == "marginal" else "asked to go through a bridge" if trained else untrained
-    return Way(_two(model, source, bridge, target), "marginal", reason)
+    if wanted != "auto":
+        return Way(_two(model, source, bridge, target), wanted, "asked for")
+    reason = "asked to go through a bridge" if trained else untrained
+    return Way(_two(model, source, bridge, target), "marginal", reason, is_open=True)
 
 
 def along(legs: list[Leg], source: str, target: str, *, wanted: Wanted) -> Way:
@@ -116,23 +133,29 @@ def along(legs: list[Leg], source: str, target: str, *, wanted: Wanted) -> Way:
 
     Raises Invalid for legs that do not meet, do not fit the items, or were never trained.
     """
-    if len(legs) > 2:
-        raise Invalid("more than two legs cannot be composed yet", param="legs", code="too_many_legs")
     for index, leg in enumerate(legs):
         leg.model.scale(leg.from_, leg.to, param=f"legs[{index}]")
+        if index and legs[index - 1].to != leg.from_:
+            message = f"the legs do not meet: {legs[index - 1].to} and {leg.from_}"
+            raise Invalid(message, param=f"legs[{index}].from")
     if legs[0].from_ != source:
         raise Invalid(f"the source is {source}, the first leg starts at {legs[0].from_}", param="legs[0].from")
     if legs[-1].to != target:
         raise Invalid(f"the target is {target}, the last leg ends at {legs[-1].to}", param=f"legs[{len(legs) - 1}].to")
     if len(legs) == 1:
-        if wanted == "marginal":
-            raise Invalid("marginal sums over what joins two legs, and there is one", param="method")
+        if wanted in {"marginal", "analytic"}:
+            raise Invalid(f"{wanted} sums over what joins two legs, and there is one", param="method")
         return Way(legs, "direct", f"{source} and {target} were trained together")
-    if legs[0].to != legs[1].from_:
-        raise Invalid(f"the legs do not meet: {legs[0].to} and {legs[1].from_}", param="legs[1].from")
     if wanted == "direct":
         return Way(legs, "direct", "asked for; a score across a bridge is no ratio")
-    return Way(legs, "marginal", "asked for" if wanted == "marginal" else f"two legs that meet in {legs[0].to}")
+    if wanted == "analytic" and len(legs) > 2:
+        message = "a closed form sums over one bridge, and here are several: use the method marginal"
+        raise Invalid(message, param="method", code="no_closed_form")
+    if wanted != "auto":
+        return Way(legs, wanted, "asked for")
+    number = "two" if len(legs) == 2 else str(len(legs))
+    meet = ", ".join(dict.fromkeys(leg.to for leg in legs[:-1]))
+    return Way(legs, "marginal", f"{number} legs that meet in {meet}", is_open=True)
 
 
 def _bridge(model: Model, source: str, target: str, through: str | None) -> str | None:

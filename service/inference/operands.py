@@ -72,36 +72,45 @@ class Reader:
         encoded = await embed(self.service, side.model, side.given.tokenised, side.given.at, self.timings)
         found.arrays[tensor] = encoded.vectors
 
-    async def add_bridge(self, models: tuple[Model, Model], modality: str, given: Bridge, found: Tensors) -> int:
-        """Put a bridge that the request gives among the tensors, under the model of each leg; count its tokens.
+    async def add_bridge(
+        self,
+        models: tuple[Model, Model],
+        modality: str,
+        given: Bridge,
+        found: Tensors,
+        *,
+        at: int = 0,
+        name: str = "through",
+    ) -> list[Side]:
+        """Put the bridge after leg `at` that the request gives among the tensors, under the model of each leg.
 
-        Raises Invalid where the two legs would not have the same items.
+        Return it as each model has it. Raises Invalid where the two legs would not have the same items.
         """
         is_one = models[0].ref.digest == models[1].ref.digest
         if isinstance(given, EmbeddingSetRef) or _are_sets(given):
-            sides = await self._read_sets(models[:1] if is_one else models, modality, given)
+            sides = await self._read_sets(models[:1] if is_one else models, modality, given, name)
         else:
             sides = [
-                await self.read(model, given, "through", hint=modality, expected=modality)
+                await self.read(model, given, name, hint=modality, expected=modality)
                 for model in (models[:1] if is_one else models)
             ]
-        for at, side in enumerate(sides):
-            await self.embed(side, f"bridge.{at}", found)
+        for number, side in enumerate(sides, start=2 * at):
+            await self.embed(side, f"bridge.{number}", found)
         if is_one:
-            found.double("bridge.0", "bridge.1")
-        return sum(side.num_tokens for side in sides)
+            found.double(f"bridge.{2 * at}", f"bridge.{2 * at + 1}")
+        return sides
 
     async def _read_sets(
-        self, models: Sequence[Model], modality: str, given: EmbeddingSetRef | list[EmbeddingSetRef]
+        self, models: Sequence[Model], modality: str, given: EmbeddingSetRef | list[EmbeddingSetRef], param: str
     ) -> list[Side]:
         refs = given if isinstance(given, list) else [given]
         if len(refs) != len(models):
             one, two = "of one model, which share one set", "of two models: give the same samples under each, or items"
             message = f"{len(refs)} embedding sets for two legs {one if len(models) == 1 else two}"
-            raise Invalid(message, param="through", code="bridge_sets")
+            raise Invalid(message, param=param, code="bridge_sets")
         sides: list[Side] = []
         for at, (ref, model) in enumerate(zip(refs, models, strict=True)):
-            name = f"through[{at}]" if isinstance(given, list) else "through"
+            name = f"{param}[{at}]" if isinstance(given, list) else param
             side = await self.read(model, ref, name, hint=None, expected=modality)
             assert isinstance(side.given, embedding_sets.Operand)
             embedding_sets.check_size(side.given.about, MAX_BRIDGE_BYTES, param=f"{name}.embeddings")

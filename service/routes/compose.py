@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from fastapi import APIRouter, Response
-from jaxtyping import Float32
+from jaxtyping import Float32, Float64
 
 from service.contract.errors import Invalid, NotFound, TooLarge, UnsupportedMedia
-from service.contract.operations import ComposeRequest, ComposeResponse
+from service.contract.operations import ComposeRequest, ComposeResponse, Joint, Through
 from service.contract.vectors import Strings
 from service.contract.wire import Arrays, ComposeAnswer, ComposeCall
 from service.deps import Inferrer, Running
@@ -36,7 +36,8 @@ router = APIRouter(tags=["inference"], prefix="/v1", route_class=InferenceRoute)
 async def create(service: Running, caller: Inferrer, body: ComposeRequest) -> Response:
     """Answer, for each source item, which targets go with it, how likely, and how far to trust that.
 
-    With one `model` the bridge is a modality that it was trained on with both; with `legs` every step is named.
+    With one `model` the bridge is a modality that it was trained on with both; with `legs` every step is named, and
+    there may be more than two, each of another model.
     """
     models = await models_of(service.catalogue, caller.tenant, body)
     timings = Timings()
@@ -53,11 +54,11 @@ async def create(service: Running, caller: Inferrer, body: ComposeRequest) -> Re
     await reader.embed(target, "target", tensors)
     if body.prior is not None:
         tensors.arrays["log_prior"] = log_prior
-    num_bridge_tokens = await _add_bridge(reader, body, way, tensors)
+    num_bridge_tokens = await _add_bridges(reader, body, way, tensors)
     call = ComposeCall(
         legs=[leg.on_wire() for leg in way.legs],
-        method=way.method,
-        bank="bridge.0" not in tensors,
+        method="auto" if way.is_open else way.method,
+        bank=any(f"bridge.{2 * at}" not in tensors for at in range(len(way.legs) - 1)),
         log_prior=body.prior is not None,
         sets=tensors.sets,
         top_k=top_k,
@@ -77,14 +78,56 @@ async def create(service: Running, caller: Inferrer, body: ComposeRequest) -> Re
     )
 
 
-async def _add_bridge(reader: Reader, body: ComposeRequest, way: Way, tensors: Tensors) -> int:
-    if way.method != "marginal":
+async def _add_bridges(reader: Reader, body: ComposeRequest, way: Way, tensors: Tensors) -> int:
+    """Put the bridges that the request gives among the tensors, with their weights; count their tokens.
+
+    Raises Invalid for a bridge that neither the request nor the banks give, and for weights that go with none.
+    """
+    if way.method == "direct":
+        if body.bridge_weights is not None:
+            raise Invalid("comparing vectors sums over no bridge that could be weighted", param="bridge_weights")
         return 0
-    if body.through is None or isinstance(body.through, str):
-        check_banks(way)
-        return 0
-    first, second = way.legs
-    return await reader.add_bridge((first.model, second.model), first.to, body.through, tensors)
+    num_tokens = 0
+    for at, (given, weights, name) in enumerate(_joints(body, len(way.legs) - 1)):
+        pair = way.legs[at : at + 2]
+        param = "bridge_weights" if name == "through" else name.removesuffix("through") + "weights"
+        if given is None or isinstance(given, str):
+            if weights is not None:
+                message = "the bank is drawn from p(b) already: weights go with items or an embedding set in `through`"
+                raise Invalid(message, param=param)
+            if isinstance(given, str) and given != pair[0].to:
+                raise Invalid(f"the legs meet in {pair[0].to} here, not in {given}", param=name)
+            # A closed form over the sphere can do without a bridge; what else it needs, the worker says.
+            if way.method == "marginal":
+                check_banks(pair)
+            continue
+        models = pair[0].model, pair[1].model
+        sides = await reader.add_bridge(models, pair[0].to, given, tensors, at=at, name=name)
+        num_tokens += sum(side.num_tokens for side in sides)
+        if weights is not None:
+            tensors.arrays[f"bridge_weights.{at}"] = _checked(weights, len(sides[0]), param)
+    return num_tokens
+
+
+def _joints(body: ComposeRequest, num: int) -> list[tuple[Through, list[float] | None, str]]:
+    """Return what the request says of each joint between two legs, and where."""
+    given = body.through
+    if isinstance(given, list) and isinstance(given[0], Joint):
+        if body.bridge_weights is not None:
+            raise Invalid("the weights of a list of joints stand in the joints", param="bridge_weights")
+        joints = cast("list[Joint]", given)
+        return [(joint.through, joint.weights, f"through[{at}].through") for at, joint in enumerate(joints)]
+    if num != 1 and body.bridge_weights is not None:
+        raise Invalid("each of several bridges has weights of its own: give a list of joints", param="bridge_weights")
+    return [(cast("Through", given), body.bridge_weights, "through")] * num
+
+
+def _checked(weights: list[float], num: int, param: str) -> Float64[np.ndarray, " item"]:
+    if len(weights) != num:
+        raise Invalid(f"{len(weights)} weights for {num} bridge items", param=param)
+    if not any(weights):
+        raise Invalid("not every weight can be zero", param=param)
+    return np.array(weights, np.float64)
 
 
 def _log_prior(body: ComposeRequest, num_targets: int) -> Float32[np.ndarray, " target"]:
@@ -119,11 +162,14 @@ def _rows(
                 for rank in range(index.shape[1])
             ],
             "diagnostics": {
-                "method": way.method,
-                "reason": way.reason,
+                "method": answer.method,
+                "reason": way.reason if answer.reason is None else f"{way.reason}; {answer.reason}",
                 "through": way.through,
+                "path": way.path,
                 "bridge_size": answer.bridge_size,
                 "effective_sample_size": None if sizes is None else sizes[row],
+                "standard_error": _number(np.median(found["standard_error"][row])),
+                "bias": _number(np.median(found["bias"][row])),
                 "bridge_resultant": answer.bridge_resultant,
                 "direct_marginal_spearman": None if agreements is None else agreements[row],
                 "normalised": answer.normalised,

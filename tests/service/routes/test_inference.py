@@ -352,7 +352,7 @@ async def test_direct_on_a_pair_never_trained_gives_scores_and_no_ratios(api: An
         ({"source": {"modality": "state", "embedding": [1.0, 0.0]}}, "source", "8"),
         ({"source": {"modality": "state", "embedding": [0.0] * 8}}, "source", "zero"),
         ({"model": None, "legs": [{"model": "a", "from": "state", "to": "image"}]}, "legs[0]", "state with text"),
-        ({"model": None, "legs": [{"model": "a", "from": "state", "to": "text"}] * 3}, "legs", "yet"),
+        ({"model": None, "legs": [{"model": "a", "from": "state", "to": "text"}] * 3}, "legs[1].from", "do not meet"),
         ({"model": None, "legs": [{"model": "a", "from": "state", "to": "text"}]}, "legs[0].to", "image"),
     ],
 )
