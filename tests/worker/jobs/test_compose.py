@@ -1,7 +1,10 @@
 from __future__ import annotations
 
 import json
+import threading
+from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,6 +20,8 @@ from worker.jobs import compose, embed
 from worker.learning.model import load_model
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Generator
+
     from worker.learning.model import Loaded
 
 LEGS = [{"model": "model_a", "from": "imu", "to": "text"}, {"model": "model_a", "from": "text", "to": "codes"}]
@@ -56,13 +61,20 @@ def args_of(**changes: Any) -> ComposeArgs:
     return ComposeArgs.model_validate(document | changes)
 
 
+def legs_by_hand(bench: Any, loaded: Loaded) -> tuple[torch.Tensor, Callable[..., torch.Tensor], torch.Tensor]:
+    """Return the sources' scores with the bank, what scores targets with a bridge, and the bank."""
+    bridge = torch.cat([loaded.banks[pair].vectors["text"] for pair in ("imu+text", "codes+text")])
+    scales = [float(loaded.model.scale(*pair)) for pair in (("imu", "text"), ("codes", "text"))]
+    return scales[0] * vectors(bench, "emb_imu") @ bridge.T, lambda z, b: scales[1] * b @ z.T, bridge
+
+
 def by_hand(bench: Any, loaded: Loaded, *, bridge: torch.Tensor | None = None) -> torch.Tensor:
     """Sum over the bridge with everything in memory: log-ratios of all sources and all targets."""
-    if bridge is None:
-        bridge = torch.cat([loaded.banks[pair].vectors["text"] for pair in ("imu+text", "codes+text")])
-    scales = [float(loaded.model.scale(*pair)) for pair in (("imu", "text"), ("codes", "text"))]
-    f_source = scales[0] * vectors(bench, "emb_imu") @ bridge.T
-    return marginal(f_source, scales[1] * bridge @ vectors(bench, "emb_codes").T, normalise=True).log_ratio
+    f_source, f_target, bank = legs_by_hand(bench, loaded)
+    if bridge is not None:
+        f_source = float(loaded.model.scale("imu", "text")) * vectors(bench, "emb_imu") @ bridge.T
+    scores = f_target(vectors(bench, "emb_codes"), bank if bridge is None else bridge)
+    return marginal(f_source, scores, normalise=True).log_ratio
 
 
 def check(bench: Any, result: Any, log_ratio: torch.Tensor) -> None:
@@ -157,6 +169,46 @@ def test_many_targets_are_looked_through_in_blocks(sets: Any, loaded: Loaded, nu
     manifest = sets.store.publish(folder, key, kind="embeddings", id=name, body=body)
     sets.inputs[name] = Input(artifact=key, digest=manifest.digest, id=name, kind="embeddings")
     bench = replace(sets, inputs=sets.inputs | {"emb_codes": sets.inputs[name]})
-    result = compose.run(args_of(), bench.context(f"job_{num}"))
+    with watched() as largest:
+        result = compose.run(args_of(), bench.context(f"job_{num}"))
     assert result.num_targets == num
-    check(bench, result, by_hand(bench, loaded))
+    # All scores of the larger case are 640 MB, and a sum over them that keeps everything takes gigabytes.
+    assert largest() < 300 << 20, largest()
+    table = pq.read_table(bench.store.local(result.artifact) / "matches.parquet").to_pydict()
+    few = [0, 255, 256, 399]
+    f_source, f_target, bridge = legs_by_hand(bench, loaded)
+    ratio = torch.cat(
+        [
+            marginal(f_source[few], f_target(part, bridge), normalise=True).log_ratio
+            for part in torch.from_numpy(z).split(2000)
+        ],
+        1,
+    )
+    for row, of in zip(few, ratio, strict=True):
+        begin = row * result.top_k
+        best = of.topk(result.top_k)
+        found = table["log_ratio"][begin : begin + result.top_k]
+        np.testing.assert_allclose(found, best.values, atol=1e-4)
+        assert table["target"][begin] == f"c{int(best.indices[0])}"
+
+
+@contextmanager
+def watched() -> Generator[Callable[[], int]]:
+    """Watch by how many bytes this process's own memory grows at most; mapped files are not counted."""
+    status, done, most = Path("/proc/self/status"), threading.Event(), [0]
+
+    def own() -> int:
+        lines = status.read_text(encoding="utf-8").splitlines()
+        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
+
+    def watch() -> None:
+        while not done.wait(0.02):
+            most[0] = max(most[0], own() - before)
+
+    before, thread = own(), threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield lambda: most[0]
+    finally:
+        done.set()
+        thread.join()
