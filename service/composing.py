@@ -31,9 +31,10 @@ async def _settled(service: Service, tenant: str, args: SubmitCompose) -> Submit
     begin = await _modality(service, tenant, models[0], args.source, "source")
     end = await _modality(service, tenant, models[-1], args.target, "target")
     way = way_of(args, models, begin, end)
-    if way.method == "marginal":
+    if way.method != "direct":
         if args.through is None or isinstance(args.through, str):
-            check_banks(way.legs)
+            if way.method != "analytic":  # a closed form may do without a bridge; the worker says what it needs
+                check_banks(way.legs)
         else:
             reader = Reader(service, tenant, Timings(), truncate=False)
             first, second = way.legs
