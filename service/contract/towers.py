@@ -269,6 +269,8 @@ def check_start(
     for name in dict.fromkeys((*wanted, *found)):
         if wanted.get(name) != found.get(name):
             message = f"{name} is {wanted.get(name)} here and {found.get(name)} in the model to start from"
+            if name == "config":  # dozens of fields
+                message = "config is not that of the model to start from"
             raise Invalid(message, code="start_differs")
     if isinstance(tower, PretrainedTower) and isinstance(start, PretrainedTower) and start.readout > tower.readout:
         raise Invalid("readout is False here and True in the model to start from", code="start_differs")

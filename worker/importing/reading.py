@@ -16,7 +16,7 @@ from service.contract.tokens.decode import decoding
 from service.contract.tokens.image_processing import FILTERS
 from service.contract.tokens.text_processing import plain_file
 from service.contract.towers import PretrainedTower
-from worker.learning.towers.pretrained import blocks_of, build_inner, library
+from worker.learning.towers.pretrained import blocks_of, build_inner, configuring, library
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -101,12 +101,11 @@ def settings_of(raw: dict[str, Any], configuration: str, member: str | None, **c
 
     Raises Permanent if the library does not take it.
     """
-    try:
-        found = getattr(library(), configuration).from_dict(raw)
+    made = getattr(library(), configuration)
+    with configuring(configuration.removesuffix("Config")):
+        found = made.from_dict(raw)
         inner = found if member is None else getattr(found, member)
         settings = cast("dict[str, Any]", inner.to_dict())
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise Permanent(f"config.json: {' '.join(str(error).split())[:300]}", code="bad_config") from error
     return {name: value for name, value in settings.items() if name not in UNSAID} | changes
 
 

@@ -122,6 +122,7 @@ def load_inner(config: PretrainedTower, weights: Weights) -> nn.Module:
             local_files_only=True,
             trust_remote_code=False,
             dtype=torch.float32,
+            ignore_mismatched_sizes=True,  # told of, so that `_check` can name them
             **options,
         )
     except (RuntimeError, ValueError, TypeError, KeyError, OSError, SafetensorError) as error:

@@ -8,6 +8,8 @@ buffers that are part of the weights.
 from __future__ import annotations
 
 import math
+from collections.abc import Generator
+from contextlib import contextmanager
 from typing import Any, Final, assert_never, final
 
 import torch
@@ -67,12 +69,12 @@ class Pretrained(nn.Module):
     @property
     def recomputes(self) -> bool:
         """Activation checkpointing: the inside of blocks is computed again on the way back."""
-        return bool(self.inner.is_gradient_checkpointing)
+        return bool(self.inner.is_activation_checkpointing)
 
     @recomputes.setter
     def recomputes(self, wanted: bool) -> None:
-        if wanted:
-            self.inner.gradient_checkpointing_enable({"use_reentrant": False})
+        if wanted and self.inner.supports_gradient_checkpointing:
+            self.inner.activation_checkpointing_enable({"use_reentrant": False})
 
     def train(self, mode: bool = True) -> Pretrained:  # noqa: FBT001, FBT002 - torch's own signature
         """Set the mode, as torch does; a locked tower stays in evaluation mode, and so do running statistics.
@@ -115,13 +117,16 @@ class Pretrained(nn.Module):
             case _:
                 assert_never(config)
 
-    def _pictures(self, tokens: Tensor, config: ImageTokens) -> Float[Tensor, "sequence size"]:
+    def pixels(self, tokens: Tensor, config: ImageTokens) -> Float[Tensor, "sequence channel size size"]:
+        """Return the pictures that patches were cut from, as the checkpoint's modules take them."""
         side, patch = config.size // config.patch, config.patch
         grid = tokens.unflatten(1, (side, side)).unflatten(-1, (patch, patch, CHANNELS))
         pixels = (grid.float() - self.get_buffer("mean")) / self.get_buffer("deviation")
         # (sequence, row, column, height, width, channel) -> (sequence, channel, size, size)
-        pixels = pixels.permute(0, 5, 1, 3, 2, 4).reshape(len(tokens), CHANNELS, config.size, config.size)
-        found = self.inner(pixel_values=pixels)
+        return pixels.permute(0, 5, 1, 3, 2, 4).reshape(len(tokens), CHANNELS, config.size, config.size)
+
+    def _pictures(self, tokens: Tensor, config: ImageTokens) -> Float[Tensor, "sequence size"]:
+        found = self.inner(pixel_values=self.pixels(tokens, config))
         return found.image_embeds if self.config.family == "clip" else found.pooler_output
 
     def _texts(self, tokens: Tensor, mask: Bool[Tensor, "sequence token"]) -> Float[Tensor, "sequence size"]:
@@ -175,11 +180,21 @@ def build_inner(config: PretrainedTower) -> Any:
     config_class, model_class, options = classes_of(config.family, is_text=isinstance(config.tokens, TextTokens))
     from transformers.initialization import no_init_weights  # noqa: PLC0415
 
+    with configuring(config.family), no_init_weights():  # they come from a file, always
+        return model_class(config_class.from_dict(config.config), **options).eval()
+
+
+@contextmanager
+def configuring(what: str) -> Generator[None]:
+    """Turn what the library raises for a configuration that it does not take into Permanent."""
+    from huggingface_hub.errors import StrictDataclassError  # noqa: PLC0415
+
+    bad = (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, ZeroDivisionError)
     try:
-        with no_init_weights():  # they come from a file, always
-            return model_class(config_class.from_dict(config.config), **options).eval()
-    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, ZeroDivisionError) as error:
-        raise Permanent(f"this configures no {config.family} model: {_first_line(error)}") from error
+        yield
+    except bad as error:
+        message = f"config.json describes no model of the family {what}: {_first_line(error)}"
+        raise Permanent(message, code="bad_config") from error
 
 
 def classes_of(family: Family, *, is_text: bool) -> tuple[Any, Any, dict[str, bool]]:
