@@ -312,8 +312,8 @@ POLICIES: Final[dict[str, Policy]] = {
     "evaluate": Policy(lane="bulk", max_attempts=5, deadline_s=24 * 3600, unit="samples"),
     # Repeating one is a matter of minutes, and a claim that fails is a result: there is nothing to try again for.
     "experiment": Policy(lane="train", max_attempts=1, deadline_s=3600, unit="runs"),
-    "compose": Policy(lane="bulk", max_attempts=5, deadline_s=7 * 24 * 3600, unit="sources"),
     "import_model": Policy(lane="bulk", max_attempts=3, deadline_s=6 * 3600, unit="bytes"),
+    "compose": Policy(lane="bulk", max_attempts=5, deadline_s=7 * 24 * 3600, unit="sources"),
 }
 
 
