@@ -35,6 +35,7 @@ from service.keys import Keys, any_key, check_bind, ensure_key
 from service.routes import (
     classify,
     compose,
+    compositions,
     datasets,
     embedding_sets,
     embeddings,
@@ -92,7 +93,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.add_exception_handler(RequestValidationError, on_validation_error)
     app.include_router(health.router)
     app.include_router(metrics.router)
-    for part in (limits, keys, jobs, models, embedding_sets):
+    for part in (limits, keys, jobs, models, compositions, embedding_sets):
         app.include_router(part.router, responses=EVERYWHERE, max_body_size=SMALL_BODY_BYTES)
     for part in (tokenize, embeddings, classify, compose):
         app.include_router(part.router, responses=EVERYWHERE, max_body_size=settings.max_body_bytes)

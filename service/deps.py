@@ -19,6 +19,7 @@ from service.database import Database
 from service.edge.queue_gauges import QueueGauges
 from service.edge.telemetry import Telemetry
 from service.followers import Followers
+from service.inference.examinations import Examinations
 from service.inference.gateway import Gateway
 from service.inference.label_cache import LabelCache
 from service.keys import Caller, Keys, Scope
@@ -42,6 +43,7 @@ class Service:
     labels: LabelCache
     telemetry: Telemetry
     queue_gauges: QueueGauges
+    examinations: Examinations = field(default_factory=Examinations)
     # Threads for each kind of work, so that none of them can starve another.
     token_threads: anyio.CapacityLimiter = field(default_factory=lambda: anyio.CapacityLimiter(4))
     file_threads: anyio.CapacityLimiter = field(default_factory=lambda: anyio.CapacityLimiter(16))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import Any, Final
 
+from service.contract.diagnostics import ModelComposition, ModelCompositionList
 from service.contract.items import AudioItem, ImageItem
 from service.contract.jobs import IngestArgs, TrainArgs
 from service.contract.modality import ImageTokens, TextTokens
@@ -179,6 +180,50 @@ _key = Key(
     revoked_at=None,
     last_used_at=None,
 )
+_leg = {"scale": 17.2, "end_offset_deviation": 0.41, "bridge_offset_deviation": 0.38, "verdict": "doubtful"}
+_why = "the bridge carries the sum (effective sample size 118)"
+_composition = ModelComposition.model_validate(
+    {
+        "from": "audio",
+        "to": "image",
+        "through": "text",
+        "critic": "cosine",
+        "method": "marginal",
+        "reason": _why,
+        "diagnostics": {
+            "bridge_size": 7680,
+            "method": "marginal",
+            "reason": _why,
+            "first": _leg | {"end": "audio"},
+            "second": _leg | {"end": "image"},
+            "sphere": {
+                "num_items": 4096,
+                "dimensions": 64,
+                "resultant": 0.12,
+                "largest_axis": 3.1,
+                "rayleigh": 3775.0,
+                "rayleigh_p": 0.0,
+                "bingham": 41_000.0,
+                "bingham_p": 0.0,
+                "projection_distance": 0.21,
+                "projection_p": 0.0,
+                "log_potential": -3.61,
+                "log_potential_if_even": -3.88,
+                "verdict": "doubtful",
+            },
+            "normal": None,
+            "sum": {
+                "num_sources": 64,
+                "num_targets": 256,
+                "effective_sample_size": 118.0,
+                "sample_size_verdict": "passes",
+                "rank_correlation": 0.93,
+                "best_agreement": 0.72,
+                "agreement_verdict": "doubtful",
+            },
+        },
+    }
+)
 
 
 def _files(*paths: str) -> FileList:
@@ -219,6 +264,7 @@ RESPONSES: Final[dict[str, Word]] = {
     "list_job_files": _files("model.safetensors", "recipe.json"),
     "list_models": ModelList(data=[_model], has_more=False),
     "get_model": _described,
+    "examine_composition": ModelCompositionList(data=[_composition]),
     "update_model": _model.model_copy(update={"aliases": ["digits", "production"]}),
     "delete_model": Deleted(id=_MODEL, object="model"),
     "list_model_files": _files("bank.safetensors", "model.safetensors", "recipe.json", "tokenizers/text.json"),

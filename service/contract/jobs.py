@@ -143,6 +143,7 @@ Part = Literal[
     "geometry",
     "margins",
     "completeness",
+    "composition",
 ]
 """What an evaluation measures; docs/evaluation.md says what each of them is."""
 
@@ -150,7 +151,7 @@ _READ_BY: Final[dict[str, tuple[Part, ...]]] = {
     "ks": ("retrieval", "zero_shot", "certificate"),
     "prompts": ("zero_shot", "prompt_curve", "certificate", "calibration"),
     "max_prompts": ("zero_shot", "prompt_curve", "certificate", "calibration"),
-    "bins": ("calibration", "margins"),
+    "bins": ("calibration", "margins", "composition"),
 }
 
 
@@ -167,7 +168,7 @@ class EvaluateArgs(Word):
     allow_training_data: StrictBool = False
     parts: Annotated[
         list[Part] | None,
-        Field(description="what to measure; null: all that the data allow", min_length=1, max_length=9),
+        Field(description="what to measure; null: all that the data allow", min_length=1, max_length=10),
     ] = None
     ks: Annotated[
         list[Annotated[StrictInt, Field(ge=1, le=1000)]] | None,

@@ -15,6 +15,7 @@ from pydantic import Field, TypeAdapter
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
+from service.contract.diagnostics import PairDiagnostics
 from service.contract.errors import (
     Conflict,
     Invalid,
@@ -110,8 +111,27 @@ class ComposeAnswer(Word):
     warnings: list[str]
 
 
-Call = Annotated[EmbedCall | ComposeCall, Field(discriminator="op")]
-call_adapter: TypeAdapter[EmbedCall | ComposeCall] = TypeAdapter(Call)
+class ExamineCall(Word):
+    """Look at a pair of modalities that was never trained, over every bridge of which the model keeps both banks.
+
+    No tensors either way; the document is an `ExamineAnswer`.
+    """
+
+    op: Literal["examine"] = "examine"
+    model: ModelRef
+    from_: Annotated[str, Field(alias="from")]
+    to: str
+
+
+class ExamineAnswer(Word):
+    """What the banks tell, by the modality of the bridge."""
+
+    through: dict[str, PairDiagnostics]
+
+
+AnyCall = EmbedCall | ComposeCall | ExamineCall
+Call = Annotated[AnyCall, Field(discriminator="op")]
+call_adapter: TypeAdapter[AnyCall] = TypeAdapter(Call)
 
 
 def pack(document: dict[str, Any], arrays: Arrays) -> bytes:

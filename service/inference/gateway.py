@@ -18,7 +18,16 @@ import numpy as np
 from jaxtyping import Float32
 
 from service.contract.errors import IsthmusError, Malformed, TooMany, Unauthenticated, Unavailable
-from service.contract.wire import Arrays, ComposeCall, EmbedCall, ModelRef, unpack, unpack_error
+from service.contract.wire import (
+    Arrays,
+    ComposeCall,
+    EmbedCall,
+    ExamineAnswer,
+    ExamineCall,
+    ModelRef,
+    unpack,
+    unpack_error,
+)
 from service.inference.line import Line, Part, Request, write
 from service.inference.workers import Worker, Workers
 
@@ -128,6 +137,17 @@ class Gateway:
         await self._wait_for(request)
         ((answer, found),) = request.answers.values()
         return answer, found, _timings(request)
+
+    async def examine(self, call: ExamineCall) -> ExamineAnswer:
+        """Look at a pair of modalities that was never trained.
+
+        Raises Invalid if the model keeps no banks for it, and what `compose` raises.
+        """
+        group = ("examine", str(next(self._serial)))
+        request = self._request(group, call.model, call.model_dump(mode="json", by_alias=True))
+        await self._wait_for(request)
+        ((answer, _),) = request.answers.values()
+        return ExamineAnswer.model_validate(answer)
 
     def _request(
         self,

@@ -106,6 +106,45 @@ COMPLETENESS: Final = {
     "alpha_by_gamma": "share of the pairs that do not keep a margin gamma",
     "of_bound": "the largest size of the score: 1 for the cosine, else the largest that was met",
 }
+COMPOSITION: Final = {
+    "method": "what the rule of compose chooses for this pair over this bridge, from the effective sample size, the "
+    "resultant and the rank correlation that stand here",
+    "bridge_size of composition": "items of both banks, without those that stand for sources and targets",
+    "rank_correlation": "Spearman's, of direct with marginal scores of a source's targets; median over the sources. "
+    "From 0.95 on the two are one answer; fails below 0.8",
+    "best_agreement": "share of the sources whose best target is the same by both",
+    "end_offset_deviation": "standard deviation over items of the leg's end of log Z, Z = mean over bridge items of "
+    "exp(scale * score), nats: 0 where scores are log-ratios (Che & Eysenbach 2025, A2). Passes below 0.3, fails from "
+    "1 on; compose removes these offsets",
+    "bridge_offset_deviation": "the same over bridge items, with the mean over items of the leg's end",
+    "resultant": "length of the mean unit bridge vector (A3): comparing vectors ranks well below 0.25, badly above 0.3",
+    "largest_axis": "d times the largest eigenvalue of T = mean u u^T: 1 where directions are even; doubtful above "
+    "twice (1 + sqrt(d / n))^2, which chance makes of even ones",
+    "rayleigh": "d n |mean u|^2, chi-squared with d degrees of freedom for an even sphere; with many items any bridge "
+    "is proved uneven, so judge by the resultant",
+    "rayleigh_p": "chance of as large a statistic on an even sphere",
+    "bingham": "d (d + 2) n / 2 (tr T^2 - 1 / d), chi-squared with (d - 1)(d + 2) / 2 degrees of freedom for an even "
+    "sphere: sees axes that Rayleigh's does not",
+    "bingham_p": "chance of as large a statistic on an even sphere",
+    "projection_distance": "largest Kolmogorov-Smirnov distance, over 32 random directions v, of (1 + u.v) / 2 from "
+    "its law on an even sphere, Beta((d - 1) / 2, (d - 1) / 2)",
+    "projection_p": "chance of as large a distance on an even sphere: 32 times that of one direction, at most 1",
+    "log_potential": "log mean exp(-2 |u - u'|^2) of different bridge items (Wang & Isola 2020)",
+    "log_potential_if_even": "the same for an even sphere of so many dimensions",
+    "axis_mean": "largest |mean| of a coordinate over the root of the mean variance",
+    "axis_variance": "least and largest variance of a coordinate",
+    "axis_kurtosis": "least and largest excess kurtosis of a coordinate: 0 where normal",
+    "excess_kurtosis": "mean excess kurtosis of the coordinates: passes up to 0.5 either way, fails above 2",
+    "elongation": "largest over mean eigenvalue of the covariance: 1 where round; passes up to 2, fails above 8, times "
+    "(1 + sqrt(d / n))^2",
+    "num_ways": "samples, of different payloads, among which the partner is to be found; calibration error of "
+    "softmax(scale * score): passes below 0.05, fails from 0.15 on",
+    "conditional_information": "nats of I(source; target | bridge) that are seen (A1): the mean, on half the samples, "
+    "of the log-ratio of a normal model that was fitted to the other half, of what a kernel ridge regression on the "
+    "bridge leaves of both ends. 0 where nothing is found. Passes up to 0.05 or twice its error, fails above 0.5. "
+    "Pairs alone cannot tell",
+    "verdict": "passes, doubtful or fails, by the thresholds that stand with the figures",
+}
 ERRORS: Final = {
     "standard_error": "deviation of the samples' own figures over sqrt(n), for samples that are drawn independently; "
     "of margins: of the batches' own means. It is 0 where all samples agree; a share of n samples may then still be "
@@ -125,6 +164,7 @@ DEFINITIONS: Final = {
         GEOMETRY,
         MARGINS,
         COMPLETENESS,
+        COMPOSITION,
         ERRORS,
     )
     for name, meaning in part.items()

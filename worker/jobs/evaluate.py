@@ -6,7 +6,14 @@ from typing import TYPE_CHECKING, Any, Final, assert_never, get_args
 
 from service.contract.errors import Permanent
 from service.contract.jobs import EvaluateArgs, EvaluateResult, Part
-from worker.jobs import evaluate_pairs, evaluate_probe, evaluate_retrieval, evaluate_zero_shot, report_page
+from worker.jobs import (
+    evaluate_composition,
+    evaluate_pairs,
+    evaluate_probe,
+    evaluate_retrieval,
+    evaluate_zero_shot,
+    report_page,
+)
 from worker.jobs.evaluate_scope import Progress, Scope
 from worker.jobs.report import EvaluatedDataset, Report
 from worker.learning.data import Dataset, Encoder, Evaluated, draw, open_dataset
@@ -126,5 +133,7 @@ def _entries(scope: Scope, part: Part) -> dict[str, Any]:
             return {part: list(evaluate_pairs.all_margins(scope))}
         case "completeness":
             return {part: list(evaluate_pairs.all_completeness(scope))}
+        case "composition":
+            return {part: list(evaluate_composition.measure(scope))}
         case _:
             assert_never(part)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 from pydantic import Field
 
+from service.contract.diagnostics import PairDiagnostics, Verdict
 from service.contract.jobs import Part
 from service.contract.losses import Critic
 from service.contract.word import Word
@@ -145,6 +147,40 @@ class PairCompleteness(OfPair):
     completeness: Completeness
 
 
+class LegCalibration(Word):
+    """Finding the partner of a trained pair among `num_ways` samples: does softmax(scale * score) mean what it says."""
+
+    dataset: str
+    source: str
+    target: str
+    num_ways: int
+    calibration: Calibration
+    verdict: Verdict
+
+
+class PairIndependence(Word):
+    """What joins source and target beside the bridge, in samples that hold all three."""
+
+    dataset: str
+    num_triples: Annotated[int, Field(description="on which was measured; as many others were fitted to")]
+    conditional_information: Estimate
+    num_directions: Annotated[int, Field(description="in which they go together by more than chance")]
+    verdict: Verdict
+
+
+class PairComposition(Word):
+    """Whether what composition takes for granted holds for a pair that was never trained, over one bridge."""
+
+    source: str
+    target: str
+    through: str
+    diagnostics: PairDiagnostics
+    calibration: list[LegCalibration]
+    independence: Annotated[
+        list[PairIndependence], Field(description="empty: no data set holds all three; pairs alone cannot tell")
+    ]
+
+
 class LeftOut(Word):
     """What was not measured."""
 
@@ -174,12 +210,13 @@ class Report(Word):
     geometry: list[PairGeometry] = Field(default_factory=list[PairGeometry])
     margins: list[PairMargins] = Field(default_factory=list[PairMargins])
     completeness: list[PairCompleteness] = Field(default_factory=list[PairCompleteness])
+    composition: list[PairComposition] = Field(default_factory=list[PairComposition])
     left_out: list[LeftOut] = Field(default_factory=list[LeftOut])
     definitions: dict[str, str] = DEFINITIONS
 
     def summary(self) -> dict[str, float]:
         """Return the main figures by name, means where there are several data sets or bridges."""
-        figures: dict[str, list[float]] = {}
+        figures = _of_compositions(self.composition)
 
         def add(name: str, value: float) -> None:
             figures.setdefault(name, []).append(value)
@@ -202,3 +239,16 @@ class Report(Word):
             for direction in entry.margins.directions:
                 add(f"hardest_margin/{direction.source}->{direction.target}", direction.hardest.value)
         return {name: sum(values) / len(values) for name, values in figures.items()}
+
+
+def _of_compositions(entries: Sequence[PairComposition]) -> dict[str, list[float]]:
+    found: dict[str, list[float]] = {}
+    for entry in entries:
+        way, known = f"{entry.source}->{entry.target}/{entry.through}", entry.diagnostics.sum
+        found[f"composition_effective_sample_size/{way}"] = [known.effective_sample_size]
+        if known.rank_correlation is not None:
+            found[f"composition_rank_correlation/{way}"] = [known.rank_correlation]
+        if entry.independence:
+            nats = [each.conditional_information.value for each in entry.independence]
+            found[f"conditional_information/{way}"] = nats
+    return found

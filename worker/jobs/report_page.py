@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Final
 
 from worker.evaluation import elements, plots
 from worker.evaluation.elements import Html
-from worker.jobs import definitions
+from worker.jobs import definitions, report_composition
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -34,6 +34,11 @@ def render(report: Report, folder: Path) -> str:
         "geometry": ("Geometry", definitions.GEOMETRY, _geometry(report)),
         "margins": ("Margins", definitions.MARGINS, _margins(report)),
         "completeness": ("Completeness", definitions.COMPLETENESS, _completeness(report)),
+        "composition": (
+            "Composition",
+            definitions.COMPOSITION,
+            report_composition.tables(report.composition, _estimate),
+        ),
     }
     sections: dict[str, Section] = {
         name: (title, elements.section(name, title, *content, elements.definitions(meanings)))

@@ -8,19 +8,21 @@ from itertools import count
 from typing import TYPE_CHECKING, Any, Final, assert_never, final
 
 import numpy as np
+import torch
 
 from service.contract.errors import Invalid, Malformed
-from service.contract.wire import ComposeCall, EmbedCall
+from service.contract.wire import ComposeCall, EmbedCall, ExamineAnswer, ExamineCall
+from worker.composition import examination
 from worker.serving import legs
-from worker.serving.batcher import Batcher, Ticket
+from worker.serving.batcher import Batcher, Entry, Ticket
 from worker.serving.compose import Composer
-from worker.serving.encode import encode_items, entries
+from worker.serving.encode import encode_items, entries, within_memory
 from worker.serving.ways import Compared
 
 if TYPE_CHECKING:
-    import torch
-
-    from service.contract.wire import Arrays
+    from service.contract.diagnostics import PairDiagnostics
+    from service.contract.wire import AnyCall, Arrays
+    from worker.learning.model import Loaded
     from worker.serving.bridge import Bridges
     from worker.serving.residency import Residency
     from worker.serving.sets import Sets
@@ -51,7 +53,7 @@ class Answer:
     inference_ms: float
 
 
-async def answer(parts: Parts, call: EmbedCall | ComposeCall, arrays: Arrays, *, deadline: float) -> Answer:
+async def answer(parts: Parts, call: AnyCall, arrays: Arrays, *, deadline: float) -> Answer:
     """Answer a call before the deadline (on time.monotonic's clock).
 
     Raises Malformed or Invalid for what the model cannot take, NotFound for a model that is not there, Unavailable if
@@ -62,6 +64,8 @@ async def answer(parts: Parts, call: EmbedCall | ComposeCall, arrays: Arrays, *,
             return await _embed(parts, call, arrays, deadline)
         case ComposeCall():
             return await _compose(parts, call, arrays, deadline)
+        case ExamineCall():
+            return await _examine(parts, call, deadline)
         case _:
             assert_never(call)
 
@@ -96,6 +100,33 @@ async def _compose(parts: Parts, call: ComposeCall, sent: Arrays, deadline: floa
         keys = target.keys.take(found["index"].reshape(-1))
         found |= {"key.bytes": keys.data, "key.ends": keys.ends}
     return Answer(document, found, ticket.queue_ms, ticket.inference_ms)
+
+
+async def _examine(parts: Parts, call: ExamineCall, deadline: float) -> Answer:
+    loaded = await parts.residency.get(call.model)
+    ways = list(examination.bridges(loaded, call.from_, call.to))
+    if not ways:
+        raise Invalid(f"the model keeps no banks between {call.from_} and {call.to}", code="no_bank")
+    ticket = Ticket(
+        group=("examine", next(_number)),
+        pace="compose",
+        run=lambda chosen: [_look(loaded, *ways[at]) for at in chosen],
+        entries=[
+            Entry(at, max(1, examination.cost(len(first.z_end) + len(second.z_end), first.z_end.shape[1]) >> 16))
+            for at, (_, first, second) in enumerate(ways)
+        ],
+        deadline=deadline,
+    )
+    found = await parts.batcher.submit(ticket)
+    through = {way[0]: each for way, each in zip(ways, found, strict=True)}
+    document = ExamineAnswer(through=through).model_dump(mode="json")
+    return Answer(document, {}, ticket.queue_ms, ticket.inference_ms)
+
+
+@torch.inference_mode()
+@within_memory()
+def _look(loaded: Loaded, _through: str, first: examination.Leg, second: examination.Leg) -> PairDiagnostics:
+    return examination.examine(loaded.recipe.critic, first, second)
 
 
 async def composer_of(parts: Parts, call: ComposeCall, arrays: Arrays) -> Composer:

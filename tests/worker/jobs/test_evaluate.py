@@ -193,6 +193,7 @@ def test_the_page_is_beside_the_json(trained: Any, measured: tuple[Report, dict[
         "geometry",
         "margins",
         "completeness",
+        "composition",
     ]
     counted = trained.said("job_measure", "progress")
     assert [each["done"] for each in counted] == sorted(each["done"] for each in counted)

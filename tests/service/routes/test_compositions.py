@@ -1,0 +1,141 @@
+"""How to compose what was never paired, asked of a real inference process."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import sqlalchemy as sa
+
+from service.contract.artifacts import open_store
+from service.contract.diagnostics import ModelComposition, ModelCompositionList
+from service.contract.host import boot_id
+from service.contract.tables import worker
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Iterator
+    from pathlib import Path
+
+    from service.contract.wire import ModelRef
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture(scope="module")
+def served(
+    tmp_path_factory: pytest.TempPathFactory, publish_model: Any, run_inference: Any
+) -> Iterator[tuple[Path, str, dict[str, ModelRef]]]:
+    folder = tmp_path_factory.mktemp("served")
+    store = open_store(str(folder / "store"))
+    dot = {"kind": "info_nce", "critic": "dot"}
+    models = {
+        "cosine": publish_model(store, "models/model_cosine/1", seed=1),
+        "none": publish_model(store, "models/model_none/1", seed=3, keep="none"),
+        "dot": publish_model(store, "models/model_dot/1", seed=1, loss=dot),
+        "distance": publish_model(store, "models/model_distance/1", seed=1, loss=dot | {"critic": "squared_distance"}),
+    }
+    endpoint = f"unix:{folder / 's'}"
+    with run_inference(folder / "store", endpoint):
+        yield folder / "store", endpoint, models
+
+
+@pytest.fixture
+async def api(start: Any, served: Any, sqlite_template: Path, tmp_path: Path) -> AsyncIterator[Any]:
+    path = shutil.copy(sqlite_template, tmp_path / "isthmus.db")
+    folder, endpoint, models = served
+    (tmp_path / "store").symlink_to(folder)
+    async with start(f"sqlite:///{path}") as running:
+        row = {"id": "w", "lanes": ["serve"], "kinds": [], "host": "h", "boot": boot_id(), "pid": 1, "version": "0"}
+        with running.service.database.engine.begin() as conn:
+            conn.execute(sa.insert(worker).values(**row, endpoint=endpoint))
+        for name, ref in models.items():
+            running.add_model(f"model_{name}", ref, name=name)
+        running.service.gateway._workers.look_again()
+        for _ in range(100):
+            if running.service.gateway.ready():
+                break
+            await asyncio.sleep(0.02)
+        yield running
+
+
+async def ask(api: Any, name: str, query: str = "") -> list[ModelComposition]:
+    response = await api.get(f"/v1/models/{name}/composition{query}")
+    assert response.status_code == 200, response.text
+    return ModelCompositionList.model_validate_json(response.content).data
+
+
+async def test_every_ordered_pair_that_was_never_trained_is_there(api: Any) -> None:
+    found = await ask(api, "cosine")
+    assert [(each.from_, each.to, each.through) for each in found] == [
+        (first, second, "text")
+        for first in ("code", "image", "state")
+        for second in ("code", "image", "state")
+        if first != second
+    ]
+    for each in found:
+        assert (each.object, each.critic) == ("model.composition", "cosine")
+        known = each.diagnostics
+        assert known is not None
+        assert (each.method, each.reason) == (known.method, known.reason)
+        assert (known.first.end, known.second.end) == (each.from_, each.to)
+        assert known.sphere is not None
+        assert known.normal is None
+        assert 0 <= known.sphere.resultant <= 1
+        assert 1 <= known.sum.effective_sample_size <= known.bridge_size
+    assert (await ask(api, "cosine", "?from=code"))[0] == found[0]
+    assert [each.from_ for each in await ask(api, "cosine", "?to=code")] == ["image", "state"]
+    assert await ask(api, "cosine", "?from=image&to=state") == [found[3]]
+
+
+async def test_a_model_is_asked_about_once(api: Any) -> None:
+    await ask(api, "cosine")
+    calls = api.service.gateway.num_calls
+    await ask(api, "cosine")
+    assert api.service.gateway.num_calls == calls
+
+
+async def test_the_method_is_the_one_that_the_rule_of_composition_chooses(api: Any) -> None:
+    for each in await ask(api, "dot", "?from=code"):
+        assert each.method == "marginal"
+        assert "inner products" in each.reason
+        assert each.diagnostics is not None
+        assert each.diagnostics.normal is not None
+    (each,) = await ask(api, "distance", "?from=code&to=image")
+    assert each.diagnostics is not None
+    assert each.diagnostics.normal is not None
+    assert each.diagnostics.sphere is None
+
+
+async def test_without_banks_a_list_says_what_would_help_and_a_pair_is_refused(api: Any) -> None:
+    found = await ask(api, "none")
+    assert len(found) == 6
+    for each in found:
+        assert (each.through, each.method, each.diagnostics) == ("text", None, None)
+        assert "given items of text" in each.reason
+    response = await api.get("/v1/models/none/composition?from=code&to=image")
+    assert response.status_code == 422
+    assert response.json()["error"]["code"] == "no_bank"
+
+
+@pytest.mark.parametrize(
+    ("query", "status", "code", "param"),
+    [
+        ("?from=smell", 404, "modality_not_found", "from"),
+        ("?from=code&to=smell", 404, "modality_not_found", "to"),
+        ("?from=code&to=text", 422, "pair_trained", "to"),
+        ("?from=code&to=code", 422, None, "to"),
+    ],
+)
+async def test_bad_questions_are_refused(api: Any, query: str, status: int, code: str | None, param: str) -> None:
+    response = await api.get(f"/v1/models/cosine/composition{query}")
+    assert response.status_code == status, response.text
+    error = response.json()["error"]
+    assert (error["code"], error["param"]) == (code or error["code"], param)
+
+
+async def test_a_model_of_somebody_else_is_not_there(api: Any) -> None:
+    await ask(api, "cosine")
+    for name in ("model_x", "other"):
+        assert (await api.get(f"/v1/models/{name}/composition")).status_code == 404
