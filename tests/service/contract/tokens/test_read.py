@@ -12,7 +12,7 @@ from PIL import Image
 from pydantic import TypeAdapter
 
 from service.contract.errors import Invalid, RequestError, UnsupportedMedia
-from service.contract.items import AnyPlainItem, Item
+from service.contract.items import AnyPlainItem, PlainItem
 from service.contract.modality import (
     AudioTokens,
     ContinuousTokens,
@@ -42,7 +42,7 @@ MODALITIES: dict[str, TokeniserConfig] = {
     "imu": ContinuousTokens(dim=2, max_length=8),
 }
 TWO_IMAGES: dict[str, TokeniserConfig] = {"photo": ImageTokens(), "depth": ImageTokens(channels=1)}
-items: TypeAdapter[AnyPlainItem] = TypeAdapter(Item)
+items: TypeAdapter[AnyPlainItem] = TypeAdapter(PlainItem)
 
 
 def read(
