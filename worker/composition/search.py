@@ -55,9 +55,15 @@ class Ranking:
         score = score.double()
         self._log_sum = torch.logaddexp(self._log_sum, (score if log_prior is None else score + log_prior).logsumexp(1))
         rank = score if log_prior is None else score + log_prior.clamp(min=LOG_PRIOR_FLOOR)
-        if self._rank.shape[1] == self._top_k and not bool((rank >= self._rank[:, -1:]).any()):
+        # Only what can be among the best of some row is sorted; equal ones at the edge all stay until then.
+        least = rank.topk(min(self._top_k, rank.shape[1]), dim=1).values[:, -1:]
+        if self._rank.shape[1] == self._top_k:
+            least = torch.maximum(least, self._rank[:, -1:])
+        columns = (rank >= least).any(0).nonzero()[:, 0]
+        if not len(columns):
             return
-        index = torch.arange(first, first + score.shape[1], device=score.device).expand_as(rank)
+        index = (first + columns).expand(len(rank), -1)
+        rank, score = rank[:, columns], score[:, columns]
         index, rank, score = (
             torch.cat(parts, 1) for parts in ((self._index, index), (self._rank, rank), (self._score, score))
         )
