@@ -70,7 +70,7 @@ def _leg(model: Loaded, banks: Mapping[str, Bank], end: str, through: str) -> Le
 
 def cost(num_items: int, dim: int) -> int:
     """Return about how many multiplications `examine` takes for banks of so many items together."""
-    return num_items * (dim + 6 * MAX_SOURCES) * MAX_PROBES + sphere.MAX_ITEMS**2 * dim
+    return num_items * (dim + 6 * MAX_SOURCES) * MAX_PROBES + sphere.COMPARED_ITEMS**2 * dim
 
 
 def examine(critic: Critic, first: Leg, second: Leg, *, seed: int = 0) -> PairDiagnostics:
@@ -79,10 +79,10 @@ def examine(critic: Critic, first: Leg, second: Leg, *, seed: int = 0) -> PairDi
     (probes, rest), (others, remaining) = (_split(len(leg.z_end), generator) for leg in (first, second))
     bridge = torch.cat([first.z_bridge[rest], second.z_bridge[remaining]])
     unit = critics.prepare("cosine", bridge)
-    shuffled = torch.randperm(len(bridge), generator=generator).to(bridge.device)
-    on_sphere = sphere.measure(unit[shuffled], seed)
+    chosen = torch.randperm(len(bridge), generator=generator)[: sphere.MAX_ITEMS].to(bridge.device)
+    on_sphere = sphere.measure(unit[chosen], seed)
     found = _sum(critic, (first, second), bridge, first.z_end[probes[:MAX_SOURCES]], second.z_end[others])
-    length = float(unit.double().mean(0).norm())
+    length = float(unit.mean(0, dtype=torch.float64).norm())
     method, reason = choose(
         critic,
         comparable=True,
@@ -97,7 +97,7 @@ def examine(critic: Critic, first: Leg, second: Leg, *, seed: int = 0) -> PairDi
         first=_measure_leg(critic, first, probes, rest),
         second=_measure_leg(critic, second, others, remaining),
         sphere=None if critic == "squared_distance" else on_sphere,
-        normal=None if critic == "cosine" or bool((bridge == bridge[0]).all()) else normal.measure(bridge[shuffled]),
+        normal=None if critic == "cosine" or bool((bridge == bridge[0]).all()) else normal.measure(bridge[chosen]),
         sum=found,
     )
 

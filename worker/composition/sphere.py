@@ -25,6 +25,7 @@ MAX_ITEMS: Final = 4096
 LARGEST_MATRIX: Final = 1024  # of which eigenvalues are taken in no time
 DIRECTIONS: Final = 32
 POINTS: Final = 1 << 14  # of an integral
+COMPARED_ITEMS: Final = 2048  # each with each
 POTENTIAL_T: Final = 2.0
 
 
@@ -53,7 +54,7 @@ def measure(z: Float[Tensor, "item dim"], seed: int = 0) -> SphereFigures:
         bingham_p=chi_squared_tail(bingham, (dim - 1) * (dim + 2) / 2),
         projection_distance=distance,
         projection_p=projection_p,
-        log_potential=log_potential(u),
+        log_potential=log_potential(u[:COMPARED_ITEMS]),
         log_potential_if_even=log_potential_if_even(dim),
         verdict=judge(length, largest_axis, num, dim),
     )
