@@ -135,7 +135,9 @@ async def test_bad_questions_are_refused(api: Any, query: str, status: int, code
     assert (error["code"], error["param"]) == (code or error["code"], param)
 
 
-async def test_a_model_of_somebody_else_is_not_there(api: Any) -> None:
+async def test_a_model_of_somebody_else_is_not_there(api: Any, served: Any) -> None:
+    """Not even where its equal is known already."""
     await ask(api, "cosine")
-    for name in ("model_x", "other"):
+    api.add_model("model_foreign", served[2]["cosine"], name="foreign", tenant="somebody")
+    for name in ("model_x", "model_foreign", "foreign"):
         assert (await api.get(f"/v1/models/{name}/composition")).status_code == 404
