@@ -9,6 +9,8 @@ from service.contract.experiments import EXPERIMENTS, PAPERS, ExperimentName, Pa
 FROZEN = (
     *("square-loss", "certificate", "completeness", "temperature-margin", "one-sided", "batch-size", "k-sample"),
     "mazes",
+    *("closed-forms", "discrete-exact", "concentration", "separate-models", "dropped-scale", "assumption-a1"),
+    *("estimator-honesty", "gaussian-table"),
 )
 """Append only: rows with these words are worked years from now."""
 

@@ -11,7 +11,23 @@ from service.contract.errors import Cancelled
 from service.contract.experiments import EXPERIMENTS, PAPERS, Bar, ExperimentName, ExperimentReport
 from service.contract.jobs import ExperimentArgs
 from worker.jobs import experiment
-from worker.theory import batch_size, mazes, mazes_policies, measures, one_sided, square_loss, temperature_margin
+from worker.theory import (
+    assumption_a1,
+    batch_size,
+    bridges,
+    closed_forms,
+    concentration,
+    discrete_exact,
+    estimator_honesty,
+    gaussian_table,
+    mazes,
+    mazes_policies,
+    measures,
+    one_sided,
+    separate_models,
+    square_loss,
+    temperature_margin,
+)
 from worker.theory import completeness as theory_completeness
 from worker.theory import experiments as theory
 
@@ -39,6 +55,22 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mazes, "MAX_STEPS", 5)
     monkeypatch.setattr(mazes, "BRIDGE", 50)
     monkeypatch.setattr(mazes_policies, "BATCH_SIZE", 16)
+    monkeypatch.setattr(closed_forms, "SAMPLES", (100, 10_000))
+    monkeypatch.setattr(closed_forms, "NORMAL_SAMPLES", 1000)
+    monkeypatch.setattr(discrete_exact, "STEPS", 100)
+    monkeypatch.setattr(discrete_exact, "NUM_PAIRS", 500)
+    monkeypatch.setattr(bridges, "SEARCHED", 500)
+    monkeypatch.setattr(concentration, "TRUTH", 30_000)
+    monkeypatch.setattr(assumption_a1, "NUM_TRIPLES", 96)
+    monkeypatch.setattr(assumption_a1, "NUM_DIAGNOSED", 64)
+    monkeypatch.setattr(estimator_honesty, "NUM_QUERIES", 20)
+    monkeypatch.setattr(estimator_honesty, "POOLS", 1)
+    monkeypatch.setattr(separate_models, "STEPS", 50)  # whose sizes dropped-scale takes too
+    monkeypatch.setattr(gaussian_table, "STEPS", 50)
+    monkeypatch.setattr(gaussian_table, "POOLS", (100, 200))
+    for module in (separate_models, gaussian_table):
+        monkeypatch.setattr(module, "NUM_PAIRS", 300)
+    monkeypatch.setattr(separate_models, "BRIDGE", 200)
     assert one_sided.STEPS > 100  # its own is for its words alone: it trains as temperature-margin does
 
 

@@ -105,7 +105,7 @@ def test_a_locked_tower_keeps_the_vectors_of_its_model(bench: Any, sentences: Lo
 
 
 def test_a_locked_tower_without_a_new_read_out_needs_its_own_dimensions(bench: Any, under: Any) -> None:
-    with pytest.raises(Permanent, match="dimensions is 16 here and 32 .* needs new_readout") as caught:
+    with pytest.raises(Permanent, match=r"dimensions is 16 here and 32 .* needs new_readout") as caught:
         run(bench, under(locked=True), "job_refused")
     assert caught.value.code == "start_differs"
 
@@ -156,7 +156,8 @@ def test_micro_batches_and_checkpointed_activations_change_nothing_but_rounding(
     still = weights(bench, run(bench, Recipe.model_validate(made), "job_still").artifact)
     made["compute"] |= {"micro_batch": 5}
     other = weights(bench, run(bench, Recipe.model_validate(made), "job_micro").artifact)
-    assert all(torch.allclose(still[name], other[name], atol=1e-4) for name in still)
+    # Keys have a bias whose gradient is rounding alone, which AdamW makes steps of.
+    assert all(torch.allclose(still[name], other[name], atol=1e-4) for name in still if not name.endswith("qkv.bias"))
 
 
 def test_another_configuration_is_another_model(bench: Any, under: Any, sentences: Loaded) -> None:
