@@ -128,7 +128,7 @@ def _add_experiments(parser: argparse.ArgumentParser) -> None:
     )
     run.add_argument("--url", help="of a service that runs them as jobs; without, they run here and need no service")
     for action in (listing, run):
-        action.add_argument("--paper", choices=("clip-transfer",), help="only what this paper claims")
+        action.add_argument("--paper", choices=("clip-transfer", "sufficiency"), help="only what this paper claims")
 
 
 def _cap(text: str) -> int | Literal["none"]:

@@ -11,16 +11,20 @@ from pydantic import Field
 
 from service.contract.word import Word
 
-ExperimentName = Literal["square-loss", "certificate", "completeness", "temperature-margin", "one-sided", "batch-size"]
+ExperimentName = Literal[
+    "square-loss", "certificate", "completeness", "temperature-margin", "one-sided", "batch-size", "k-sample"
+]
 """For ever, as job rows hold them; a new one goes to the end."""
 
-Paper = Literal["clip-transfer"]
+Paper = Literal["clip-transfer", "sufficiency"]
 Verdict = Literal["holds", "fails", "reported"]
 """reported: nothing was asserted, so there is nothing that could fail."""
 
 PAPERS: Final[dict[Paper, str]] = {
     "clip-transfer": "Chen, Deng, Li, Gu: Understanding Transferable Representation Learning and Zero-shot Transfer in "
     "CLIP, ICLR 2024, arXiv 2310.00927",
+    "sufficiency": "Oko, Lin, Cai, Mei: A Statistical Theory of Contrastive Pre-training and Multimodal Generative AI, "
+    "2025, arXiv 2501.04641",
 }
 
 
@@ -82,6 +86,13 @@ EXPERIMENTS: Final[dict[ExperimentName, Experiment]] = {
             place="theorem 4.2 and remark 4.5",
             claim="A batch of the order of 1 / min p_k is enough: a larger one gains nothing.",
             duration_s=105,
+        ),
+        Experiment(
+            name="k-sample",
+            paper="sufficiency",
+            place="section 3, the K-sample risk",
+            claim="The excess contrastive risk of a score is its insufficiency; few negatives under-report it.",
+            duration_s=100,
         ),
     )
 }

@@ -9,6 +9,7 @@ from worker.theory import (
     batch_size,
     certificate,
     completeness,
+    k_sample,
     one_sided,
     square_loss,
     temperature_margin,
@@ -31,6 +32,8 @@ def run(name: ExperimentName, setting: Setting) -> Outcome:
             return one_sided.run(setting)
         case "batch-size":
             return batch_size.run(setting)
+        case "k-sample":
+            return k_sample.run(setting)
         case _:
             assert_never(name)
 
@@ -50,5 +53,7 @@ def num_runs(name: ExperimentName, num_seeds: int) -> int:
             return one_sided.num_runs(num_seeds)
         case "batch-size":
             return batch_size.num_runs(num_seeds)
+        case "k-sample":
+            return k_sample.num_runs(num_seeds)
         case _:
             assert_never(name)

@@ -6,7 +6,7 @@ from typing import get_args
 from service.arguments import parser
 from service.contract.experiments import EXPERIMENTS, PAPERS, ExperimentName, Paper
 
-FROZEN = ("square-loss", "certificate", "completeness", "temperature-margin", "one-sided", "batch-size")
+FROZEN = ("square-loss", "certificate", "completeness", "temperature-margin", "one-sided", "batch-size", "k-sample")
 """Append only: rows with these words are worked years from now."""
 
 
