@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import sqlite3
 import sys
 import time
 from typing import Any, Final, final
@@ -193,7 +194,7 @@ def _copy(conn: sa.Connection, one: str, first: int, last: int, *, kept: bool) -
 
 
 def _hasten(connection: Any, _record: object) -> None:
-    if type(connection).__module__.startswith("sqlite3"):
+    if isinstance(connection, sqlite3.Connection):
         connection.execute("PRAGMA synchronous=OFF")
     else:
         connection.execute("SET synchronous_commit TO off")
