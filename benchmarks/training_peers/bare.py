@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from benchmarks.training_peers.task import Ready, make_ready, take_turns
+from benchmarks.training_peers.task import Ready, make_ready, take_turns, tower_of
 from service.contract.towers import Tower as TowerConfig
 
 
@@ -84,8 +84,8 @@ class Bare(nn.Module):
     def __init__(self, ready: Ready) -> None:
         super().__init__()
         recipe = ready.recipe
-        self.tower_image = Tower(recipe.towers["image"], None, recipe.dimensions)
-        self.tower_text = Tower(recipe.towers["text"], ready.vocab, recipe.dimensions)
+        self.tower_image = Tower(tower_of(recipe, "image"), None, recipe.dimensions)
+        self.tower_text = Tower(tower_of(recipe, "text"), ready.vocab, recipe.dimensions)
         self.log_scale = nn.Parameter(torch.zeros(()))
         own = {name: value for name, value in ready.weights.items() if name != "log_scales.image+text"}
         self.load_state_dict(own | {"log_scale": ready.weights["log_scales.image+text"]})

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from benchmarks.training_peers.task import Ready, make_ready, take_turns
+from benchmarks.training_peers.task import Ready, make_ready, take_turns, tower_of
 from service.contract.modality import ImageTokens
 
 PACKAGE: Final = "open_clip"
@@ -55,7 +55,7 @@ class Clip(nn.Module):
     def __init__(self, ready: Ready) -> None:
         super().__init__()
         parts = load("transformer")
-        image, text = (ready.recipe.towers[name] for name in ("image", "text"))
+        image, text = (tower_of(ready.recipe, name) for name in ("image", "text"))
         assert image.tokens.kind == "image"
         self.visual: nn.Module = parts.VisionTransformer(
             image_size=image.tokens.size,
@@ -96,7 +96,7 @@ def pictures(patches: Tensor, tokens: ImageTokens) -> Tensor:
 
 def losses(ready: Ready) -> Iterator[float]:
     """Train for ever; yield the loss of each step."""
-    config, tokens = ready.optimiser, ready.recipe.towers["image"].tokens
+    config, tokens = ready.optimiser, tower_of(ready.recipe, "image").tokens
     assert tokens.kind == "image"
     images, model, loss_of = pictures(ready.images, tokens), Clip(ready), load("loss").ClipLoss()
     named = list(model.named_parameters())

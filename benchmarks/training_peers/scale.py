@@ -13,6 +13,7 @@ from typing import Any, Final, final
 
 import torch
 
+from benchmarks.training_peers.task import tower_of
 from benchmarks.training_peers.turns import answer
 from service.contract.recipe import Optimiser, Recipe
 from service.contract.towers import Tower
@@ -66,7 +67,7 @@ def tower_flops(tower: Tower, dimensions: int) -> int:
 
 def sample_flops(config: Recipe, batch: int) -> int:
     """Count the operations of one sample of a batch: both towers, and its row of three products of the loss."""
-    towers = sum(tower_flops(tower, config.dimensions) for tower in config.towers.values())
+    towers = sum(tower_flops(tower_of(config, name), config.dimensions) for name in config.towers)
     return towers + 3 * 2 * batch * config.dimensions
 
 
@@ -88,7 +89,7 @@ def draw(config: Recipe, batch: int) -> tuple[Ragged, Ragged]:
     """Draw a batch of full sequences; some of it, again and again."""
     generator = torch.Generator().manual_seed(0)
     num, times = min(batch, _DISTINCT), -(-batch // _DISTINCT)
-    image, text = config.towers["image"].tokens, config.towers["text"].tokens
+    image, text = tower_of(config, "image").tokens, tower_of(config, "text").tokens
     assert image.kind == "image"
     patches = torch.randint(256, (num, image.max_length, image.dim), dtype=torch.uint8, generator=generator)
     ids = torch.randint(VOCAB, (num, text.max_length), generator=generator)

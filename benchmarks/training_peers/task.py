@@ -23,6 +23,7 @@ from service.contract.artifacts import open_store
 from service.contract.jobs import Input
 from service.contract.recipe import Budget, Optimiser, Recipe
 from service.contract.samples import Samples, SampleWriter
+from service.contract.towers import Tower
 from worker.learning.data import train_tokenisers
 from worker.learning.model import MultiTower, build_tokenisers, vocab_sizes
 from worker.learning.reading import Dataset, TokenSource
@@ -75,6 +76,13 @@ class Size:
                 "precision": "fp32",
             }
         )
+
+
+def tower_of(recipe: Recipe, modality: str) -> Tower:
+    """Return the configuration of a tower of ours."""
+    tower = recipe.towers[modality]
+    assert isinstance(tower, Tower)
+    return tower
 
 
 def publish(folder: Path, size: Size) -> Path:

@@ -84,7 +84,7 @@ def test_operations_are_counted_as_torch_counts_them() -> None:
 def test_the_towers_of_the_device_are_as_large_as_clips() -> None:
     """8.82 and 5.96 GFLOP forward, by open_clip's docs/model_profile.csv; thrice that to train."""
     config = scale.recipe(None)
-    pictures, text = (scale.tower_flops(config.towers[name], 512) / 3e9 for name in ("image", "text"))
+    pictures, text = (scale.tower_flops(task.tower_of(config, name), 512) / 3e9 for name in ("image", "text"))
     assert pictures == pytest.approx(8.82, rel=0.02)
     assert text == pytest.approx(5.96, rel=0.02)
 
@@ -109,7 +109,11 @@ def test_the_bare_loop_has_the_losses_of_our_train_job(tmp_path: Path) -> None:
     told: dict[int, float] = {}
     args = TrainArgs(recipe=Recipe.model_validate(document))
     context = ours.make_context(root, args)
-    context.metric = lambda step, values: told.setdefault(step, values["loss/image+text"])
+
+    def note(step: int, values: dict[str, float]) -> None:
+        told.setdefault(step, values["loss/image+text"])
+
+    context.metric = note
     train.run(args, context)
     theirs = list(islice(bare.losses(task.make_ready(root)), 8))
     assert [told[step] for step in range(1, 9)] == pytest.approx(theirs, rel=1e-5)
