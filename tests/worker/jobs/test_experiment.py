@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, get_args
 import pytest
 
 from service.contract.errors import Cancelled
-from service.contract.experiments import EXPERIMENTS, Bar, ExperimentName, ExperimentReport
+from service.contract.experiments import EXPERIMENTS, PAPERS, Bar, ExperimentName, ExperimentReport
 from service.contract.jobs import ExperimentArgs
 from worker.jobs import experiment
 from worker.theory import batch_size, measures, one_sided, square_loss, temperature_margin
@@ -48,7 +48,7 @@ def test_every_experiment_writes_a_report_a_page_and_plots(name: ExperimentName,
     assert report.experiment == name
     assert report.seeds == [5, 6]
     assert report.claim == EXPERIMENTS[name].claim
-    assert "2310.00927" in report.paper
+    assert report.paper == PAPERS[EXPERIMENTS[name].paper]
     assert report.set_up
     assert report.notes
     assert any(each.bar is not None for each in report.findings), "every claim is judged by something"
