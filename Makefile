@@ -2,7 +2,7 @@
 # `make` alone lists the targets.
 
 .DEFAULT_GOAL := help
-.PHONY: help venv dev demo serve test check lint types slow gpu compose-check bench-serving bench-queue bench-training openapi clean
+.PHONY: help venv dev demo serve test check lint types faults slow gpu compose-check bench-serving bench-queue bench-training openapi clean
 
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -61,6 +61,9 @@ types: $(DEV_STAMP) ## Check the types
 	@$(BIN)/basedpyright
 
 check: lint types test ## Style, types and tests: what a change must pass
+
+faults: $(DEV_STAMP) ## Break the queue and training in every way we know, in the longest form too (half an hour)
+	@$(BIN)/python -m pytest tests/faults -m 'not gpu and not compose' --timeout 1800
 
 slow: $(DEV_STAMP) ## Run the tests that take minutes
 	@$(BIN)/python -m pytest -m slow --timeout 1800

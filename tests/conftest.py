@@ -1,4 +1,7 @@
-"""Databases for every test that needs one: SQLite and PostgreSQL, migrated once and copied per test."""
+"""Databases for every test that needs one: SQLite and PostgreSQL, migrated once and copied per test.
+
+Array shapes in signatures are checked while tests run; the hook has to come before anybody imports these modules.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +15,24 @@ from typing import TYPE_CHECKING
 
 import pytest
 import sqlalchemy as sa
+from jaxtyping import install_import_hook
 
 from service.contract.dialects import open_engine
 from service.migrate import upgrade
 
 if TYPE_CHECKING:
     from service.contract.artifacts import Store
+
+_CHECKED = [
+    "worker.composition",
+    "worker.learning.critics",
+    "worker.learning.losses",
+    "worker.learning.model",
+    "worker.learning.ragged",
+    "worker.learning.retrieval",
+    "worker.learning.towers",
+]
+install_import_hook(_CHECKED, "beartype.beartype")
 
 pytest_plugins = ["tests.inference", "tests.supervisors"]
 

@@ -156,7 +156,7 @@ def open_engine(url: str, *, pool_size: int = 5, answer_s: float = 10.0) -> sa.E
     event.listen(engine, "begin", _begin)
     event.listen(engine, "do_connect", partial(_connect_timed, answer_s))
     event.listen(engine, "checkin", _note_return)
-    event.listen(engine, "checkout", partial(_ping_if_idle, engine.dialect))
+    event.listen(engine, "checkout", partial(_check_out, engine.dialect))
     return engine
 
 
@@ -198,16 +198,20 @@ def _note_return(_connection: object, record: ConnectionPoolEntry) -> None:
     record.info["returned_at"] = time.monotonic()
 
 
-def _ping_if_idle(
+def _check_out(
     dialect: sa.Dialect, connection: DBAPIConnection, record: ConnectionPoolEntry, _proxy: PoolProxiedConnection
 ) -> None:
-    # As `pool_pre_ping`, which costs a busy worker a round trip for every transaction.
-    if time.monotonic() - record.info.get("returned_at", math.inf) > _IDLE_S:
-        try:
-            with cast("TimedConnection", connection).answering_within(_PING_S):
+    driver = cast("TimedConnection", connection)
+    try:
+        # As `pool_pre_ping`, which costs a busy worker a round trip for every transaction.
+        if time.monotonic() - record.info.get("returned_at", math.inf) > _IDLE_S:
+            with driver.answering_within(_PING_S):
                 dialect.do_ping(connection)
-        except psycopg.Error as error:
-            raise InvalidatePoolError from error
+        # Whoever asked for an isolation level left the driver beginning transactions that nobody would commit.
+        if not driver.autocommit:
+            driver.autocommit = True
+    except psycopg.Error as error:
+        raise InvalidatePoolError from error
 
 
 def _prepare_sqlite(connection: sqlite3.Connection, _record: object) -> None:

@@ -265,11 +265,16 @@ def _full(url: str, num: int) -> Generator[Full]:
     filler = open_engine(url) if url.startswith("sqlite") else sa.create_engine(url)
     _fill(filler, num)
     filler.dispose()
-    event.listen(sa.Pool, "connect", _record)  # the API opens an engine of its own
     engine = open_engine(url)
     leases.register(engine, WorkerInfo(ME, ["bulk"], list(KINDS), "h", "b", 1, None, "cpu", "0"))
     yield Full(engine, num)
     engine.dispose()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _recorded() -> Iterator[None]:
+    event.listen(sa.Pool, "connect", _record)  # of any pool: the API opens an engine of its own
+    yield
     event.remove(sa.Pool, "connect", _record)
 
 

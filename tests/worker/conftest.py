@@ -1,7 +1,4 @@
-"""What the tests of learning and of its jobs share: small data sets, and the runner's own context.
-
-Array shapes in signatures are checked while these tests run.
-"""
+"""What the tests of learning and of its jobs share: small data sets, and the runner's own context."""
 
 from __future__ import annotations
 
@@ -15,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
-from jaxtyping import install_import_hook
 
 from service.contract.artifacts import Store, open_store
 from service.contract.jobs import Input
@@ -23,17 +19,6 @@ from service.contract.samples import SampleWriter
 
 if TYPE_CHECKING:
     from worker.runner import Context
-
-_CHECKED = [
-    "worker.composition",
-    "worker.learning.critics",
-    "worker.learning.losses",
-    "worker.learning.model",
-    "worker.learning.ragged",
-    "worker.learning.retrieval",
-    "worker.learning.towers",
-]
-install_import_hook(_CHECKED, "beartype.beartype")
 
 # Read when torch is loaded: models this small are slower on several threads, and tests run beside other tests.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -34,8 +34,8 @@ def test_the_list_says_what_is_claimed_and_where(capsys: pytest.CaptureFixture[s
         assert each.name in said
         assert each.claim in said
     assert main(["experiments", "list", "--paper", "clip-transfer", "--json"]) == 0
-    wanted = [name for name, each in EXPERIMENTS.items() if each.paper == "clip-transfer"]
-    assert [each["name"] for each in json.loads(capsys.readouterr().out)] == wanted
+    of_paper = [each.name for each in EXPERIMENTS.values() if each.paper == "clip-transfer"]
+    assert [each["name"] for each in json.loads(capsys.readouterr().out)] == of_paper
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,17 @@ def test_it_commits_and_returns_rows_like_the_statement_itself(url: str) -> None
     engine.dispose()
 
 
+@pytest.mark.parametrize("level", ["AUTOCOMMIT", "REPEATABLE READ"])
+def test_it_commits_on_a_connection_that_had_an_isolation_level_of_its_own(url: str, level: str) -> None:
+    engine = open_engine(url, pool_size=1)
+    with engine.connect().execution_options(isolation_level=level) as conn:
+        conn.execute(sa.select(tenant_queue))
+    Direct(_ADD)(engine, {"tenant": "a", "start": 4})
+    with engine.connect() as conn:
+        assert conn.scalar(sa.select(sa.func.count()).select_from(tenant_queue)) == 1
+    engine.dispose()
+
+
 def test_it_is_prepared_unless_the_url_says_no(url: str) -> None:
     for asked, num in ((url, 1), (url + "&prepare_threshold=none", 0)):
         engine = open_engine(asked, pool_size=1)
