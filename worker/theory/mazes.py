@@ -156,7 +156,8 @@ def _map(maze: Maze, tasks: policies.Tasks, episodes: dict[str, policies.Episode
         chosen = np.flatnonzero(tasks.labels == label)[:DRAWN]
         for policy in ("direct", "marginal"):
             each = episodes[policy]
-            paths = [each.paths[: each.steps[at] + 1, at].round(3).tolist() for at in chosen]
+            # Rounded down, and not to the nearest, a point stays in its cell.
+            paths = [(np.floor(1000 * each.paths[: each.steps[at] + 1, at]) / 1000).tolist() for at in chosen]
             title = f"{policy}, to {what} {label if label < rows else label - rows}"
             goal: list[tuple[int, int]] = [(int(row), int(column)) for row, column in np.argwhere(maze.area(label))]
             panels.append(Panel(title=title, goal=goal, paths=paths, reached=each.reached[chosen].tolist()))
