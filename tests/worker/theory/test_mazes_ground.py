@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import math
 from collections import deque
 
@@ -121,6 +122,11 @@ def test_a_state_is_paired_with_its_own_walks_later_states() -> None:
         gaps.append(max(candidates))
     assert min(gaps) >= 1
     assert 1.5 < np.mean(gaps) < 3.5
+    after = BLANK.move(acting[:, :2], np.arctan2(acting[:, 2], acting[:, 3]))
+    taken = np.array([[*here, *to] for row in walks.positions for here, to in itertools.pairwise(row)])
+    assert all(
+        np.isclose(taken, [*place, *to], atol=1e-9).all(1).any() for place, to in zip(acting[:, :2], after, strict=True)
+    ), "the heading is the one that was taken there"
 
 
 def test_walks_are_the_same_for_the_same_seed_and_can_be_stopped() -> None:

@@ -110,6 +110,8 @@ def test_training_learns_the_way_and_is_the_same_for_the_same_seed() -> None:
     learned = policies.run(BLANK, asked, agent(0, 400).policy("marginal", BLANK.draw_free(200, rng)), nothing)
     lost = policies.run(BLANK, asked, policies.walk_at_random(rng), nothing)
     assert learned.success > lost.success + 0.2
+    for is_asked in (asked.labels < 10, asked.labels >= 10):
+        assert learned.reached[is_asked].mean() > lost.reached[is_asked].mean() + 0.1, "rows and columns"
 
 
 def test_training_and_walking_can_be_stopped() -> None:
