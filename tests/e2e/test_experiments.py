@@ -27,7 +27,7 @@ def test_an_experiment_is_a_job_whose_report_is_downloaded(
         report = ExperimentReport.model_validate(running.get(f"/v1/jobs/{job['id']}/files/report.json"))
         assert report.experiment == "completeness"
         page: httpx.Response = running.http.get(f"/v1/jobs/{job['id']}/files/report.html")
-        assert page.text.startswith("<!doctype html>")
+        assert page.text.startswith("<!DOCTYPE html>")
 
         out = tmp_path / "reports"
         arguments = ["certificate", "--seeds", "1", "--quick", "--url", running.url, "--out", str(out)]

@@ -1,58 +1,24 @@
-"""Plots as SVG images for a page: drawn without a display, without pyplot's global state, from numbers alone."""
+"""Plots of an evaluation, each as the address of an SVG image for a page."""
 
 from __future__ import annotations
 
-import base64
-import io
-import os
 from typing import TYPE_CHECKING, Any, Final
+
+from worker.pages import drawing
+from worker.pages.drawing import BLUE, GREY, RED
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-    from pathlib import Path
+
+    from matplotlib.figure import Figure
 
     from worker.evaluation.calibration import Bin
     from worker.evaluation.certificate import Certificate
     from worker.evaluation.ensembles import Fit, Point
     from worker.evaluation.margins import Direction, Histogram, Softened
 
-BLUE: Final = "#2563a8"
-RED: Final = "#c2410c"
-GREY: Final = "#9ca3af"
 SIZE_INCHES: Final = (4.2, 2.9)
 AXES: Final = (0.17, 0.16, 0.8, 0.68)  # fixed: fitting them to their labels takes three times as long
-_STYLE: Final[Any] = {
-    "svg.fonttype": "none",  # text stays text: a third of the size
-    "svg.hashsalt": "report",  # the same numbers give the same bytes
-    "font.family": "sans-serif",
-    "font.size": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#e5e7eb",
-    "legend.frameon": False,
-}
-
-
-def prepare(folder: Path) -> None:
-    """Let matplotlib keep its cache in a folder that can be written; call it before the first plot."""
-    os.environ.setdefault("MPLCONFIGDIR", str(folder / "matplotlib"))
-
-
-def draw(paint: Callable[[Any], None]) -> str:
-    """Return a plot as the address of an image, its bytes included; `paint` fills the axes."""
-    import matplotlib as mpl  # noqa: PLC0415  # half a second, for reports only
-    from matplotlib.backends.backend_svg import FigureCanvasSVG  # noqa: PLC0415
-    from matplotlib.figure import Figure  # noqa: PLC0415
-
-    with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=SIZE_INCHES)
-        FigureCanvasSVG(figure)
-        paint(figure.add_axes(AXES))
-        out = io.BytesIO()
-        figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
-    return "data:image/svg+xml;base64," + base64.b64encode(out.getvalue()).decode()
 
 
 def prompt_curve(points: Sequence[Point], fit: Fit | None, figure: str) -> str:
@@ -80,9 +46,9 @@ def prompt_curve(points: Sequence[Point], fit: Fit | None, figure: str) -> str:
         axes.minorticks_off()
         axes.set_xlabel("prompts per label, M")
         axes.set_ylabel("cross-entropy, nats" if figure == "cross_entropy" else "error")
-        _legend(axes)
+        drawing.legend(axes)
 
-    return draw(paint)
+    return _draw(paint)
 
 
 def certificates(found: Sequence[Certificate]) -> str:
@@ -95,9 +61,9 @@ def certificates(found: Sequence[Certificate]) -> str:
         axes.set_xticks(list(at), [f"top-{each.r}" for each in found])
         axes.set_ylim(0, 1.05)
         axes.set_ylabel("error")
-        _legend(axes)
+        drawing.legend(axes)
 
-    return draw(paint)
+    return _draw(paint)
 
 
 def reliability(bins: Sequence[Bin]) -> str:
@@ -129,9 +95,9 @@ def reliability(bins: Sequence[Bin]) -> str:
         axes.set_xlim(0, 1)
         axes.set_ylim(0, 1.05)
         axes.set_xlabel("confidence")
-        _legend(axes)
+        drawing.legend(axes)
 
-    return draw(paint)
+    return _draw(paint)
 
 
 def margins(directions: Sequence[Direction]) -> str:
@@ -141,15 +107,15 @@ def margins(directions: Sequence[Direction]) -> str:
         for direction, colour in zip(directions, (BLUE, RED), strict=False):
             histogram: Histogram = direction.histogram
             total = max(1, sum(histogram.counts))
-            label = _plain(f"{direction.source} to {direction.target}")
+            label = drawing.plain(f"{direction.source} to {direction.target}")
             shares = [count / total for count in histogram.counts]
             axes.stairs(shares, histogram.edges, fill=True, alpha=0.35, color=colour, label=label)
         axes.axvline(0, color=GREY, linewidth=0.8, linestyle="--")
         axes.set_xlabel("margin to the hardest negative")
         axes.set_ylabel("share of the queries")
-        _legend(axes)
+        drawing.legend(axes)
 
-    return draw(paint)
+    return _draw(paint)
 
 
 def by_temperature(points: Sequence[Softened], trained: float) -> str:
@@ -162,9 +128,9 @@ def by_temperature(points: Sequence[Softened], trained: float) -> str:
         axes.set_xscale("log")
         axes.set_xlabel("temperature")
         axes.set_ylabel("cross-entropy in the batch, nats")
-        _legend(axes)
+        drawing.legend(axes)
 
-    return draw(paint)
+    return _draw(paint)
 
 
 def alpha_by_gamma(points: Sequence[tuple[float, float]]) -> str:
@@ -177,13 +143,13 @@ def alpha_by_gamma(points: Sequence[tuple[float, float]]) -> str:
         axes.set_xlabel("margin γ")
         axes.set_ylabel("share of pairs below it, α")
 
-    return draw(paint)
+    return _draw(paint)
 
 
-def _legend(axes: Any) -> None:
-    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0)  # above the plot, where it hides nothing
+def _draw(paint: Callable[[Any], None]) -> str:
+    """Return the address of a plot; `paint` fills its axes."""
 
+    def fill(figure: Figure) -> None:
+        paint(figure.add_axes(AXES))
 
-def _plain(text: str) -> str:
-    """Keep matplotlib from reading mathematics into a name."""
-    return text.replace("$", r"\$")
+    return drawing.address(drawing.svg(SIZE_INCHES, fill))

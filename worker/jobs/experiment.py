@@ -6,7 +6,6 @@ whatever the device: their models are small, and their figures must not depend o
 
 from __future__ import annotations
 
-import os
 import time
 from typing import TYPE_CHECKING
 
@@ -15,6 +14,7 @@ import torch
 from service.contract.experiments import EXPERIMENTS, PAPERS, ExperimentReport
 from service.contract.jobs import ExperimentArgs, ExperimentResult
 from service.contract.manifest import code_version
+from worker.pages import drawing
 from worker.theory import experiments, page, plots
 from worker.theory.findings import Setting, unasserted, verdict_of
 
@@ -60,8 +60,7 @@ def run(args: ExperimentArgs, ctx: Context) -> ExperimentResult:
     )
     folder = ctx.scratch / "report"
     folder.mkdir()
-    # matplotlib reads it when it is first imported; a worker's home may be read-only.
-    os.environ.setdefault("MPLCONFIGDIR", str(ctx.scratch / "matplotlib"))
+    drawing.prepare(ctx.scratch)
     drawn = {curve.name: plots.draw(curve) for curve in report.curves}
     drawn |= {each.name: plots.draw_map(each) for each in report.maps}
     for name, content in drawn.items():

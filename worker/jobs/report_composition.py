@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from worker.evaluation import elements
+from worker.pages import elements
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from worker.evaluation.elements import Html
     from worker.evaluation.estimates import Estimate
     from worker.jobs.report import PairComposition
+    from worker.pages.elements import Html
 
 _WAY: Final[dict[str, str | None]] = {"from": None, "to": None, "over": None}
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from worker.evaluation import elements, plots
-from worker.evaluation.elements import Html
+from worker.evaluation import plots
 from worker.jobs import definitions, report_composition
+from worker.pages import drawing, elements
+from worker.pages.elements import Html
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -23,7 +24,7 @@ Section = tuple[str, Html]
 
 def render(report: Report, folder: Path) -> str:
     """Return the page; matplotlib keeps its cache in `folder`."""
-    plots.prepare(folder)
+    drawing.prepare(folder)
     made: dict[str, tuple[str, Mapping[str, str], list[Html]]] = {
         "retrieval": ("Retrieval", definitions.RETRIEVAL, _retrieval(report)),
         "zero_shot": ("Zero-shot classification", definitions.ZERO_SHOT, _zero_shot(report)),

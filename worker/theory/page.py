@@ -1,91 +1,78 @@
-"""The report as one HTML page that needs nothing else: no script, no font, no other file."""
+"""The report of an experiment for people, as one page."""
 
 from __future__ import annotations
 
-import base64
-from html import escape
 from typing import TYPE_CHECKING, Final
 
-if TYPE_CHECKING:
-    from service.contract.experiments import Bar, ExperimentReport, Finding
+from worker.pages import drawing, elements
 
-_STYLE: Final = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #0f172a; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; }
-h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2rem; }
-table { border-collapse: collapse; width: 100%; font-size: 13px; }
-th, td { text-align: left; vertical-align: top; padding: .35rem .6rem; border-bottom: 1px solid #e2e8f0; }
-td.number { font-variant-numeric: tabular-nums; white-space: nowrap; }
-.holds { color: #15803d; } .fails { color: #b91c1c; font-weight: 600; } .reported { color: #64748b; }
-figure { display: inline-block; margin: .5rem 1rem .5rem 0; } img { max-width: 100%; }
-.aside { color: #475569; }
-"""
-_MEANING: Final = {
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from service.contract.experiments import Bar, ExperimentReport, Finding, Verdict
+    from worker.pages.elements import Html, Tone
+
+_MEANING: Final[Mapping[Verdict, str]] = {
     "holds": "every bar was reached",
     "fails": "a bar was missed",
     "reported": "nothing was asserted",
 }
+_TONES: Final[Mapping[Verdict, Tone]] = {"holds": "good", "fails": "bad", "reported": "note"}
+_INTERVALS: Final = (
+    "Measured: the mean over the seeds. 95 %: the interval of that mean, by Student's t. In plots lines are means and "
+    "bands the range over the seeds. report.json holds every number."
+)
 
 
-def page(report: ExperimentReport, plots: dict[str, bytes]) -> str:
-    """Write the page; `plots` are PNGs by the name of their curve or map."""
+def page(report: ExperimentReport, plots: Mapping[str, bytes]) -> str:
+    """Write the page; `plots` are images by the name of their curve or map."""
     asserted = [each for each in report.findings if each.bar is not None]
     others = [each for each in report.findings if each.bar is None]
-    return "".join(
-        [
-            '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">',
-            '<meta name="viewport" content="width=device-width, initial-scale=1">',
-            f"<title>{escape(report.experiment)}: {report.verdict}</title><style>{_STYLE}</style></head><body>\n",
-            f"<h1>{escape(report.experiment)}: ",
-            f'<span class="{report.verdict}">{report.verdict}</span></h1>\n',
-            f"<p><strong>{escape(report.claim)}</strong><br>",
-            f'<span class="aside">{escape(report.paper)}; {escape(report.place)}</span></p>\n',
-            f"<p>{_MEANING[report.verdict]}",
-            " (a quick run: bars are shown and not asserted)" if report.quick else "",
-            f". Seeds {escape(', '.join(map(str, report.seeds)))}; {report.seconds:.0f} s, ",
-            f"{report.cpu_seconds:.0f} s of CPU; ",
-            f"Isthmus {escape(report.code_version)}, torch {escape(report.torch)}.</p>\n",
-            "<h2>Set-up</h2>\n<ul>",
-            *(f"<li>{escape(line)}</li>" for line in report.set_up),
-            "</ul>\n",
-            *(_section("What the claim is judged by", asserted) if asserted else ()),
-            "<h2>Plots</h2>\n" if plots else "",
-            *(_figure(report, name, content) for name, content in plots.items()),
-            *(_section("What was measured besides", others) if others else ()),
-            "<h2>Notes</h2>\n<ul>",
-            *(f"<li>{escape(line)}</li>" for line in report.notes),
-            (
-                "<li>Intervals: 95 % for the mean over seeds, Student's t. Lines are means, bands the range over the "
-                "seeds. report.json holds every number.</li></ul>\n</body></html>\n"
-            ),
-        ]
+    titles = {each.name: each.title for each in (*report.curves, *report.maps)}
+    drawn = [elements.plot(drawing.address(image), titles[name], large=True) for name, image in plots.items()]
+    made: dict[str, tuple[str, list[Html]]] = {
+        "set-up": ("Set-up", [elements.bullets(report.set_up)]),
+        "judged": ("What the claim is judged by", [_table(asserted)] if asserted else []),
+        "plots": ("Plots", [elements.plots(drawn)] if drawn else []),
+        "besides": ("What was measured besides", [_table(others)] if others else []),
+        "notes": ("Notes", [elements.bullets([*report.notes, _INTERVALS])]),
+    }
+    return elements.page(
+        f"{report.experiment}: {report.verdict}",
+        _lead(report),
+        {name: (title, elements.section(name, title, *content)) for name, (title, content) in made.items() if content},
     )
 
 
-def _figure(report: ExperimentReport, name: str, content: bytes) -> str:
-    title = next(each.title for each in (*report.curves, *report.maps) if each.name == name)
-    data = base64.b64encode(content).decode()
-    return f'<figure><img alt="{escape(title)}" src="data:image/png;base64,{data}"></figure>\n'
+def _lead(report: ExperimentReport) -> Html:
+    quick = " (a quick run: bars are shown and not asserted)" if report.quick else ""
+    return elements.join(
+        elements.paragraph(report.claim),
+        elements.paragraph(f"{report.paper}; {report.place}", note=True),
+        elements.paragraph(
+            f"{report.verdict}: {_MEANING[report.verdict]}{quick}. Seeds {', '.join(map(str, report.seeds))}; "
+            f"{report.seconds:.0f} s, {report.cpu_seconds:.0f} s of CPU; Isthmus {report.code_version}, "
+            f"torch {report.torch}."
+        ),
+    )
 
 
-def _section(title: str, findings: list[Finding]) -> list[str]:
+def _table(findings: Sequence[Finding]) -> Html:
+    columns = ("figure", "what it is", "expected", "measured", "95 %", "by seed", "bar", "verdict")
+    return elements.table(dict.fromkeys(columns), [_row(each) for each in findings], tones=_TONES)
+
+
+def _row(each: Finding) -> list[str]:
     return [
-        f"<h2>{escape(title)}</h2>\n<table><tr>",
-        "<th>figure<th>expected<th>measured<th>95 %<th>by seed<th>bar<th>verdict</tr>\n",
-        *(_row(each) for each in findings),
-        "</table>\n",
+        each.name,
+        each.definition,
+        each.expected,
+        number(each.mean),
+        "" if each.interval is None else f"{number(each.interval[0])} to {number(each.interval[1])}",
+        ", ".join(number(value) for value in each.per_seed),
+        "" if each.bar is None else written(each.bar),
+        each.verdict,
     ]
-
-
-def _row(each: Finding) -> str:
-    spread = "" if each.interval is None else f"{number(each.interval[0])} to {number(each.interval[1])}"
-    return (
-        f'<tr><td>{escape(each.name)}<br><span class="aside">{escape(each.definition)}</span>'
-        f"<td>{escape(each.expected)}"
-        f'<td class="number">{number(each.mean)}<td class="number">{spread}'
-        f"<td>{', '.join(number(value) for value in each.per_seed)}"
-        f"<td>{escape(written(each.bar)) if each.bar is not None else ''}"
-        f'<td class="{each.verdict}">{each.verdict}</tr>\n'
-    )
 
 
 def written(bar: Bar) -> str:

@@ -1,79 +1,83 @@
-"""Plots of an experiment, as PNG."""
+"""Plots of an experiment, as PNG: files of their own beside the report, and part of its page."""
 
 from __future__ import annotations
 
-import io
 import math
 from typing import TYPE_CHECKING, Final
+
+from worker.pages import drawing
+from worker.pages.drawing import BLUE, GREEN, RED, VIOLET
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from service.contract.experiments import Curve, Map
 
-COLOURS: Final = ("#0b6e99", "#c2410c", "#15803d", "#7c3aed")
+COLOURS: Final = (BLUE, RED, GREEN, VIOLET)
 DASHES: Final = ("-", "--", ":")  # when the colours come round again
+CURVE_INCHES: Final = (6.4, 4.0)
+PANELS_INCHES: Final = (6.4, 3.3)  # two side by side
 
 
 def draw(curve: Curve) -> bytes:
     """Draw the mean of every series, and the range over the seeds behind it."""
-    # A figure of its own, without pyplot, needs no display and leaves no state.
-    from matplotlib.figure import Figure  # noqa: PLC0415  # reads MPLCONFIGDIR now
 
-    figure = Figure(figsize=(6.4, 4.0), dpi=110, layout="constrained")
-    axes = figure.add_subplot()
-    for at, (name, rows) in enumerate(curve.series.items()):
-        colour, dashes = COLOURS[at % len(COLOURS)], DASHES[at // len(COLOURS) % len(DASHES)]
-        columns = list(zip(*rows, strict=True))
-        mean = [math.fsum(column) / len(column) for column in columns]
-        axes.plot(curve.x, mean, color=colour, linestyle=dashes, marker="o", markersize=4, linewidth=1.6, label=name)
-        if len(rows) > 1:
-            axes.fill_between(
-                curve.x, list(map(min, columns)), list(map(max, columns)), color=colour, alpha=0.15, linewidth=0
+    def paint(figure: Figure) -> None:
+        figure.set_layout_engine("constrained")
+        axes = figure.add_subplot()
+        for at, (name, rows) in enumerate(curve.series.items()):
+            colour, dashes = COLOURS[at % len(COLOURS)], DASHES[at // len(COLOURS) % len(DASHES)]
+            columns = list(zip(*rows, strict=True))
+            mean = [math.fsum(column) / len(column) for column in columns]
+            axes.plot(
+                curve.x, mean, color=colour, linestyle=dashes, marker="o", markersize=4, linewidth=1.6, label=name
             )
-    for name, x in curve.marks.items():
-        axes.axvline(x, color="#64748b", linestyle="--", linewidth=1, label=name)
-    if curve.log_x:
-        axes.set_xscale("log")
-        axes.set_xticks(curve.x, [f"{x:g}" for x in curve.x])
-        axes.minorticks_off()
-    if curve.log_y:
-        axes.set_yscale("log")
-    axes.set_title(curve.title, fontsize=11)
-    axes.set_xlabel(curve.x_label)
-    axes.set_ylabel(curve.y_label)
-    axes.grid(visible=True, color="#e2e8f0", linewidth=0.8)
-    axes.spines[["top", "right"]].set_visible(False)
-    if len(curve.series) + len(curve.marks) > 1:
-        axes.legend(fontsize=8, frameon=False)
-    return _png(figure)
+            if len(rows) > 1:
+                axes.fill_between(
+                    curve.x, list(map(min, columns)), list(map(max, columns)), color=colour, alpha=0.15, linewidth=0
+                )
+        for name, x in curve.marks.items():
+            axes.axvline(x, color="#64748b", linestyle="--", linewidth=1, label=name)
+        if curve.log_x:
+            axes.set_xscale("log")
+            axes.set_xticks(curve.x, [f"{x:g}" for x in curve.x])
+            axes.minorticks_off()
+        if curve.log_y:
+            axes.set_yscale("log")
+        axes.set_title(curve.title, fontsize=11)
+        axes.set_xlabel(curve.x_label)
+        axes.set_ylabel(curve.y_label)
+        if len(curve.series) + len(curve.marks) > 1:
+            axes.legend()
+
+    return drawing.png(CURVE_INCHES, paint)
 
 
 def draw_map(plan: Map) -> bytes:
     """Draw each panel's paths, those that end at its goal in one colour and those that do not in another."""
-    from matplotlib.figure import Figure  # noqa: PLC0415  # reads MPLCONFIGDIR now
-    from matplotlib.patches import Rectangle  # noqa: PLC0415
-
     num_rows, num_columns = len(plan.walls), len(plan.walls[0])
     walls = [(row, column) for row, line in enumerate(plan.walls) for column, is_wall in enumerate(line) if is_wall]
     down = -(-len(plan.panels) // 2)
-    figure = Figure(figsize=(6.4, 3.3 * down), dpi=110, layout="constrained")
-    figure.suptitle(plan.title, fontsize=11)
-    for at, panel in enumerate(plan.panels, start=1):
-        axes = figure.add_subplot(down, 2, at)
-        for cells, colour in ((panel.goal, "#dcfce7"), (walls, "#334155")):
-            for row, column in cells:
-                axes.add_patch(Rectangle((column, row), 1, 1, color=colour, linewidth=0))
-        for path, is_there in zip(panel.paths, panel.reached, strict=True):
-            rows, columns = zip(*path, strict=True)
-            axes.plot(columns, rows, color=COLOURS[2] if is_there else COLOURS[1], linewidth=1.2)
-            axes.plot(columns[0], rows[0], color="#0f172a", marker="o", markersize=3)
-        axes.set_title(f"{panel.title}: {sum(panel.reached)} of {len(panel.reached)}", fontsize=9)
-        axes.set(xlim=(0, num_columns), ylim=(num_rows, 0), aspect="equal", xticks=[], yticks=[])
-    return _png(figure)
 
+    def paint(figure: Figure) -> None:
+        from matplotlib.patches import Rectangle  # noqa: PLC0415  # after the figure that was asked for has loaded it
 
-def _png(figure: Figure) -> bytes:
-    out = io.BytesIO()
-    figure.savefig(out, format="png", metadata={"Software": None})
-    return out.getvalue()
+        figure.set_layout_engine("constrained")
+        figure.suptitle(plan.title, fontsize=11)
+        for at, panel in enumerate(plan.panels, start=1):
+            axes = figure.add_subplot(down, 2, at)
+            axes.grid(visible=False)
+            for spine in axes.spines.values():
+                spine.set_visible(True)
+            for cells, colour in ((panel.goal, "#dcfce7"), (walls, "#334155")):
+                for row, column in cells:
+                    axes.add_patch(Rectangle((column, row), 1, 1, color=colour, linewidth=0))
+            for path, is_there in zip(panel.paths, panel.reached, strict=True):
+                rows, columns = zip(*path, strict=True)
+                axes.plot(columns, rows, color=GREEN if is_there else RED, linewidth=1.2)
+                axes.plot(columns[0], rows[0], color="#0f172a", marker="o", markersize=3)
+            axes.set_title(f"{panel.title}: {sum(panel.reached)} of {len(panel.reached)}", fontsize=9)
+            axes.set(xlim=(0, num_columns), ylim=(num_rows, 0), aspect="equal", xticks=[], yticks=[])
+
+    width, height = PANELS_INCHES
+    return drawing.png((width, height * down), paint)

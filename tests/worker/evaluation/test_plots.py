@@ -1,11 +1,7 @@
 from __future__ import annotations
 
 import base64
-import os
-from pathlib import Path
 from xml.etree import ElementTree as ET
-
-import pytest
 
 from worker.evaluation import plots
 from worker.evaluation.calibration import Bin
@@ -56,15 +52,3 @@ def test_a_name_is_not_read_as_mathematics_and_the_same_numbers_give_the_same_by
     first = plots.margins([direction, direction])
     assert "$x^{ to <b>" in words(first)
     assert plots.margins([direction, direction]) == first
-
-
-def test_the_cache_goes_where_it_is_told_unless_somebody_chose_a_place(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("MPLCONFIGDIR", "/chosen")
-    plots.prepare(tmp_path)
-    assert os.environ["MPLCONFIGDIR"] == "/chosen"
-    monkeypatch.delenv("MPLCONFIGDIR")
-    plots.prepare(tmp_path)
-    assert os.environ["MPLCONFIGDIR"] == str(tmp_path / "matplotlib")
-    monkeypatch.delenv("MPLCONFIGDIR")

@@ -23,7 +23,9 @@ def test_a_ratio_is_that_of_the_densities(legs: str) -> None:
 
     def log_density(names: str, value: torch.Tensor) -> float:
         at = np.concatenate([np.arange(12)[parts[name]] for name in names])
-        return float(multivariate_normal(law.mean[at], law.covariance[np.ix_(at, at)]).logpdf(value.numpy()))
+        covariance = law.covariance[np.ix_(at, at)]
+        density = multivariate_normal(law.mean[at], covariance)  # pyright: ignore[reportArgumentType]
+        return float(density.logpdf(value.numpy()))
 
     for i in range(6):
         for j in range(6):

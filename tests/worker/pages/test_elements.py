@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from html.parser import HTMLParser
 
-from worker.evaluation import elements
+from worker.pages import elements
 
 
 class Read(HTMLParser):
@@ -32,7 +32,7 @@ def test_whatever_comes_from_outside_stays_text() -> None:
     found = read(
         elements.page(
             NASTY,
-            elements.join(elements.paragraph(NASTY), elements.plot("data:," + NASTY, NASTY)),
+            elements.join(elements.paragraph(NASTY), elements.plot("data:," + NASTY, NASTY), elements.bullets([NASTY])),
             {"one": (NASTY, elements.section("one", NASTY, elements.table(columns, [[NASTY, NASTY]])))},
         )
         + elements.definitions({NASTY: NASTY})
@@ -40,7 +40,7 @@ def test_whatever_comes_from_outside_stays_text() -> None:
     )
     assert "script" not in found.tags
     assert found.tags.count("img") == 1, "the plot"
-    assert "".join(found.words).count("<script>alert(1)</script>") == 13, "as often as it was said"
+    assert "".join(found.words).count("<script>alert(1)</script>") == 14, "as often as it was said"
 
 
 def test_a_long_table_is_cut_and_says_so() -> None:
@@ -54,3 +54,9 @@ def test_titles_lead_to_definitions() -> None:
     assert f'id="{elements.anchor("relevant: label")}"' in elements.definitions({"relevant: label": "..."})
     assert elements.plots([]) == ""
     assert "3 more plots" in elements.plots([elements.text("x")], 3)
+
+
+def test_a_cell_that_says_just_a_verdict_looks_like_it() -> None:
+    html = elements.table({"a": None, "b": None}, [["fails", "it fails"]], tones={"fails": "bad"})
+    assert '<td class="bad">fails</td><td>it fails</td>' in html
+    assert 'class="large"' in elements.plot("data:,", "x", large=True)

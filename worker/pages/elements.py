@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from html import escape
-from typing import TYPE_CHECKING, Final, NewType
+from typing import TYPE_CHECKING, Final, Literal, NewType
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
 Html = NewType("Html", str)
 """Text that is HTML already."""
+
+Tone = Literal["good", "bad", "note"]
 
 MAX_ROWS: Final = 200
 STYLE: Final = """
@@ -24,7 +26,9 @@ table { border-collapse: collapse; margin: .8rem 0; font-size: .87rem; font-vari
 th, td { padding: .25rem .7rem .25rem 0; text-align: left; border-bottom: 1px solid #f0f1f3; vertical-align: top; }
 th { font-weight: 600; white-space: nowrap; } td { max-width: 30rem; overflow-wrap: break-word; }
 .plots { display: flex; flex-wrap: wrap; gap: 1rem; } figure { margin: 0; width: 22rem; max-width: 100%; }
+figure.large { width: 40rem; }
 figure img { width: 100%; height: auto; } figcaption, .note { color: #6b7280; font-size: .87rem; }
+td.good { color: #15803d; } td.bad { color: #b91c1c; font-weight: 600; } td.note { color: #6b7280; }
 details { margin: .8rem 0; font-size: .87rem; }
 dl { display: grid; grid-template-columns: minmax(8rem, 14rem) 1fr; gap: .2rem 1rem; margin: .4rem 0; }
 dt { font-weight: 600; overflow-wrap: anywhere; } dd { margin: 0; }
@@ -48,23 +52,41 @@ def paragraph(words: str, *, note: bool = False) -> Html:
     return Html(f'<p class="note">{escape(words)}</p>' if note else f"<p>{escape(words)}</p>")
 
 
-def table(columns: Mapping[str, str | None], rows: Sequence[Sequence[str]]) -> Html:
-    """Return a table of plain text; a column's title leads to the definition that it names."""
+def bullets(lines: Sequence[str]) -> Html:
+    """Return a list of plain text."""
+    return Html("<ul>\n" + "\n".join(f"<li>{escape(line)}</li>" for line in lines) + "\n</ul>")
+
+
+def table(
+    columns: Mapping[str, str | None],
+    rows: Sequence[Sequence[str]],
+    *,
+    tones: Mapping[str, Tone] | None = None,
+) -> Html:
+    """Return a table of plain text; a column's title leads to the definition that it names.
+
+    `tones`: how cells look that say just this, such as verdicts.
+    """
     head = "".join(
         f"<th>{escape(title)}</th>" if meaning is None else f'<th><a href="#{anchor(meaning)}">{escape(title)}</a></th>'
         for title, meaning in columns.items()
     )
-    body = "\n".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows[:MAX_ROWS])
+    looks = {said: f' class="{tone}"' for said, tone in (tones or {}).items()}
+    body = "\n".join(
+        "<tr>" + "".join(f"<td{looks.get(cell, '')}>{escape(cell)}</td>" for cell in row) + "</tr>"
+        for row in rows[:MAX_ROWS]
+    )
     found = f'<div class="wide"><table><thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody></table></div>'
     if len(rows) > MAX_ROWS:
         found += paragraph(f"{len(rows) - MAX_ROWS} more rows are in report.json.", note=True)
     return Html(found)
 
 
-def plot(address: str, caption: str) -> Html:
+def plot(address: str, caption: str, *, large: bool = False) -> Html:
     """Return an image with its caption."""
     said = escape(caption)
-    return Html(f'<figure><img src="{escape(address)}" alt="{said}"><figcaption>{said}</figcaption></figure>')
+    size = ' class="large"' if large else ""
+    return Html(f'<figure{size}><img src="{escape(address)}" alt="{said}"><figcaption>{said}</figcaption></figure>')
 
 
 def plots(images: Sequence[Html], num_left_out: int = 0) -> Html:
