@@ -21,10 +21,12 @@ LINK: Final = Link("cosine", 4.0)
 LENGTHS: Final = (0.0, 0.05, 0.1, 0.2, 0.317, 0.4, 0.5, 0.6)
 JUDGED: Final = 0.317
 """The length at which it was measured before."""
+EVEN: Final = 0.1
 NUM_SOURCES: Final = 40
 NUM_TARGETS: Final = 60
 LARGE: Final = 2_000
-SMALL: Final = 25
+SMALL: Final = 40
+"""Few enough for an effective sample size below 10 at this scale, so that the rule looks at how evenly they lie."""
 TRUTH: Final = 300_000
 WAYS: Final = ("direct", f"sum of {LARGE:,}", f"sum of {SMALL}")
 
@@ -105,9 +107,9 @@ def run(setting: Setting) -> Outcome:
             "over 2,000 points ranks better, and beyond .3 direct comparison is far off."
         ),
         (
-            "A sum over 25 points is noisy everywhere, and its effective sample size says so. There the rule weighs "
-            "how evenly the bridge lies, and cannot tell it well: 25 even points have a mean vector of length "
-            ".2 as well."
+            f"A sum over {SMALL} points is noisy everywhere, and its effective sample size, below 10, says so. There "
+            "the rule weighs how evenly the bridge lies, by the length of its own mean vector, which for so few even "
+            f"points is about {SMALL**-0.5:.2f} by chance."
         ),
     ]
     return outcome
@@ -146,9 +148,16 @@ def _judge(
         finding(
             f"auto answers with the sum where the length is at least {JUDGED:g}",
             f"share of these lengths, bridge of {LARGE:,}",
-            "1: comparing directly is wrong there",
+            "1: comparing directly ranks worse there",
             [float(np.mean(row[at:])) for row in advised[LARGE]],
             at_least(1.0),
+        ),
+        finding(
+            f"auto compares directly where the length is at most {EVEN:g} and the bridge small",
+            f"share of these lengths, bridge of {SMALL}",
+            "1: the sum is noisy and the bridge even; a few of so small bridges look concentrated by chance",
+            [1 - float(np.mean(row[: LENGTHS.index(EVEN) + 1])) for row in advised[SMALL]],
+            at_least(0.9, mean=True),
         ),
         *(
             finding(
