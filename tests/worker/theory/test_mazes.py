@@ -74,7 +74,9 @@ def test_the_same_seed_finds_the_same_whatever_seeds_are_beside_it() -> None:
     both, _ = ran(5, 6)
     alone, _ = ran(6)
     assert [each.per_seed[1:] for each in both.findings] == [each.per_seed for each in alone.findings]
-    assert any(each.per_seed[0] != each.per_seed[1] for each in both.findings)
+    for each in both.findings:
+        if each.name.endswith("SPL, random"):
+            assert each.per_seed[0] != each.per_seed[1], "other episodes for another seed"
 
 
 def test_it_stops_in_the_middle_of_any_part() -> None:
