@@ -117,7 +117,7 @@ EXPERIMENTS: Final[dict[ExperimentName, Experiment]] = {
             place="section 6.3 and appendix D",
             claim="An agent that learned where its actions lead, and which labels hold where, finds a label that "
             "names a whole row or column more often by summing over states than by comparing actions with labels.",
-            duration_s=200,
+            duration_s=240,
         ),
         Experiment(
             name="closed-forms",
@@ -133,7 +133,7 @@ EXPERIMENTS: Final[dict[ExperimentName, Experiment]] = {
             place="lemma 1",
             claim="Summing exp(f(a, b) + f(b, c)) over the bridge gives p(c | a) / p(c): exactly with exact critics, "
             "and nearly with learned ones, where comparing vectors directly does not.",
-            duration_s=60,
+            duration_s=20,
         ),
         Experiment(
             name="concentration",
@@ -163,7 +163,7 @@ EXPERIMENTS: Final[dict[ExperimentName, Experiment]] = {
             place="assumption A1 and figure 8, with its errata",
             claim="What the two ends share past the bridge is lost to composition; triples show it, pairs cannot.",
             seeds=10,
-            duration_s=45,
+            duration_s=20,
         ),
         Experiment(
             name="estimator-honesty",

@@ -15,8 +15,11 @@ if TYPE_CHECKING:
 
 COLOURS: Final = (BLUE, RED, GREEN, VIOLET)
 DASHES: Final = ("-", "--", ":")  # when the colours come round again
+INK: Final = "#0f172a"
+GOAL: Final = "#dcfce7"
+WALL: Final = "#334155"
 CURVE_INCHES: Final = (6.4, 4.0)
-PANELS_INCHES: Final = (6.4, 3.3)  # two side by side
+PANELS_INCHES: Final = (6.8, 3.6)  # two side by side
 
 
 def draw(curve: Curve) -> bytes:
@@ -54,7 +57,7 @@ def draw(curve: Curve) -> bytes:
 
 
 def draw_map(plan: Map) -> bytes:
-    """Draw each panel's paths, those that end at its goal in one colour and those that do not in another."""
+    """Draw each panel's paths from a dot on: green to the goal, which is shaded; the others red, to a cross."""
     num_rows, num_columns = len(plan.walls), len(plan.walls[0])
     walls = [(row, column) for row, line in enumerate(plan.walls) for column, is_wall in enumerate(line) if is_wall]
     down = -(-len(plan.panels) // 2)
@@ -69,15 +72,21 @@ def draw_map(plan: Map) -> bytes:
             axes.grid(visible=False)
             for spine in axes.spines.values():
                 spine.set_visible(True)
-            for cells, colour in ((panel.goal, "#dcfce7"), (walls, "#334155")):
+            for cells, colour in ((panel.goal, GOAL), (walls, WALL)):
                 for row, column in cells:
                     axes.add_patch(Rectangle((column, row), 1, 1, color=colour, linewidth=0))
             for path, is_there in zip(panel.paths, panel.reached, strict=True):
                 rows, columns = zip(*path, strict=True)
                 axes.plot(columns, rows, color=GREEN if is_there else RED, linewidth=1.2)
-                axes.plot(columns[0], rows[0], color="#0f172a", marker="o", markersize=3)
+                axes.plot(columns[0], rows[0], color=INK, marker="o", markersize=3)
+                if not is_there:
+                    axes.plot(columns[-1], rows[-1], color=INK, marker="x", markersize=6, zorder=3, clip_on=False)
             axes.set_title(f"{panel.title}: {sum(panel.reached)} of {len(panel.reached)}", fontsize=9)
-            axes.set(xlim=(0, num_columns), ylim=(num_rows, 0), aspect="equal", xticks=[], yticks=[])
+            axes.set(xlim=(0, num_columns), ylim=(num_rows, 0), aspect="equal", xlabel="column", ylabel="row")
+            # A cell's number stands at its middle.
+            axes.set_xticks([at + 0.5 for at in range(0, num_columns, 2)], list(range(0, num_columns, 2)))
+            axes.set_yticks([at + 0.5 for at in range(0, num_rows, 2)], list(range(0, num_rows, 2)))
+            axes.tick_params(length=0, labelsize=7)
 
     width, height = PANELS_INCHES
     return drawing.png((width, height * down), paint)
