@@ -49,9 +49,11 @@ def test_the_recipe_never_joins_an_action_with_a_label() -> None:
     assert {each.tokens.kind for each in read.towers.values()} == {"continuous", "discrete"}
 
 
-def test_a_heading_is_chosen_by_composing_tokens(serve: Any, tmp_path: Path) -> None:
+def test_a_heading_is_chosen_by_composing_tokens(serve: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Directly, over the bank and over given states; what is answered is the policy of the model's own vectors."""
     run = example()
+    monkeypatch.setattr(run, "NUM_WALKS", 50)
+    monkeypatch.setattr(run, "MAX_STEPS", 3)
     recipe = recipe_of_the_example()
     for tower in recipe["towers"].values():
         tower |= {"width": 16, "depth": 1}
@@ -66,14 +68,20 @@ def test_a_heading_is_chosen_by_composing_tokens(serve: Any, tmp_path: Path) -> 
     }
     with serve(tmp_path / "data") as running:
         service = run.Service(running.http)
-        datasets = {name: service.upload(name, tar) for name, tar in run.data_sets(BLANK, 200, 0).items()}
-        service.train(recipe, datasets, "maze")
-        scales = running.get("/v1/models/maze")["logit_scales"]
+        found = run.measure(service, BLANK, recipe, 200, 4)
+        assert found.keys() == {"random", "direct", "marginal"}
+        assert all(0 <= each["spl"] <= each["success"] <= 1 for each in found.values())
+        scales = running.get("/v1/models/mazes-blank")["logit_scales"]
         z = {
             name: torch.tensor([each["embedding"] for each in running.post("/v1/embeddings", body)["data"]])
-            for name, body in ((name, {"model": "maze", "input": given}) for name, given in items.items())
+            for name, body in ((name, {"model": "mazes-blank", "input": given}) for name, given in items.items())
         }
-        question = {"model": "maze", "source": items["state_action"], "target": items["label"], "top_k": NUM_LABELS}
+        question = {
+            "model": "mazes-blank",
+            "source": items["state_action"],
+            "target": items["label"],
+            "top_k": NUM_LABELS,
+        }
 
         def ask(**more: Any) -> torch.Tensor:
             found = torch.empty(len(acting), NUM_LABELS)
@@ -92,7 +100,7 @@ def test_a_heading_is_chosen_by_composing_tokens(serve: Any, tmp_path: Path) -> 
         summed = estimators.marginal(f_ab, f_bc, normalise=True).log_ratio
         assert torch.allclose(ask(method="marginal", through=items["state"]).double(), summed, atol=1e-3)
         for method, scores in (("direct", direct), ("marginal", ask(method="marginal", through="state"))):
-            assert service.policy("maze", BLANK, method)(places, labels).tolist() == best(scores)
+            assert service.policy("mazes-blank", BLANK, method)(places, labels).tolist() == best(scores)
 
 
 @pytest.mark.slow
@@ -109,5 +117,5 @@ def test_composing_tokens_finds_the_way(serve: Any, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads((tmp_path / "found.json").read_text())
     assert found["marginal"]["success"] >= 0.85
-    assert found["marginal"]["success"] >= found["random"]["success"] + 0.2
+    assert found["marginal"]["success"] >= max(found[name]["success"] for name in ("direct", "random")) + 0.2
     assert all(math.isfinite(each["spl"]) for each in found.values())

@@ -1,7 +1,7 @@
 """Find the way through a maze by asking a service: which heading goes with a label that no heading was paired with?
 
-    isthmus serve                                    # in one terminal
-    python docs/examples/mazes/run.py                # in another
+    .venv/bin/isthmus serve                          # in one terminal
+    .venv/bin/python docs/examples/mazes/run.py      # in another
 
 States, actions and labels are plain tokens to Isthmus: a state is one vector of 2 values, a state with a heading one of
 4, a label one id. One data set joins headings with the states that they led to, the other states with labels; the
