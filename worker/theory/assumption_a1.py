@@ -184,7 +184,7 @@ def _judge(outcome: Outcome, found: Measured) -> None:
         finding(
             "the diagnostic: largest excess over I(a; c | b)",
             "what it sees minus the closed form, over all rho, nats",
-            "about 0: it shows at most what there is",
+            "about 0: it shows at most what there is, but for the draw of the triples",
             [
                 max(one - other for one, other in zip(*rows, strict=True))
                 for rows in zip(found.from_triples, found.true, strict=True)

