@@ -107,13 +107,32 @@ def weigh(
     log_column = f_target.masked_fill(is_absent[:, None], -math.inf) if bool(is_absent.any()) else f_target
     found: _Sums | None = None
     if not precise:
-        found = _by_products(log_mass, log_column, log_share, torch.float32, normalise=normalise)
+        found = _by_products(log_mass, *_exponentials(log_column.float()), log_share, normalise=normalise)
     if found is None or bool(found.is_lost.any()):
-        found = _by_products(log_mass, log_column.double(), log_share, torch.float64, normalise=normalise)
+        found = _by_products(log_mass, *_exponentials(log_column.double()), log_share, normalise=normalise)
     rows, columns = found.is_lost.nonzero(as_tuple=True)
     at_once = max(1, ROWS_AT_ONCE // len(log_share))
     for i, j in zip(rows.split(at_once), columns.split(at_once), strict=True):
         _sum_one_by_one(found, (i, j), log_mass, log_column, log_share, normalise=normalise)
+    return _finished(found, log_mass, log_share, normalise=normalise)
+
+
+def weigh_exponentials(
+    log_mass: Float[Tensor, "source bridge"],
+    mass: Float[Tensor, "bridge target"],
+    peak: Float[Tensor, " target"],
+    log_share: Float[Tensor, " bridge"],
+    *,
+    normalise: bool,
+) -> Marginal | None:
+    """Do as `weigh` does, from e^(f_target - peak) in float32; None if float32 cannot hold a sum."""
+    found = _by_products(log_mass, mass, peak, log_share, normalise=normalise)
+    return None if bool(found.is_lost.any()) else _finished(found, log_mass, log_share, normalise=normalise)
+
+
+def _finished(
+    found: _Sums, log_mass: Float[Tensor, "source bridge"], log_share: Float[Tensor, " bridge"], *, normalise: bool
+) -> Marginal:
     log_ratio, bias = found.log_sum, (_concentration(log_share) - found.square) / 2
     if normalise:
         log_ratio = log_ratio - log_mass.logsumexp(1, keepdim=True) - found.log_offset
@@ -141,11 +160,17 @@ class _Sums:
     is_lost: Bool[Tensor, "source target"]
 
 
+def _exponentials(f: Float[Tensor, "bridge target"]) -> tuple[Float[Tensor, "bridge target"], Float[Tensor, " target"]]:
+    """Shift each column by its largest entry, and return that too."""
+    peak = f.amax(0)
+    return (f - peak).exp(), peak
+
+
 def _by_products(
     log_mass: Float[Tensor, "source bridge"],
-    log_column: Float[Tensor, "bridge target"],
+    b: Float[Tensor, "bridge target"],
+    column_peak: Float[Tensor, " target"],
     log_share: Float[Tensor, " bridge"],
-    dtype: torch.dtype,
     *,
     normalise: bool,
 ) -> _Sums:
@@ -155,11 +180,10 @@ def _by_products(
     T's sum over those of U and V changes by T - U - V + W where the item is drawn once more: the variance is the sum of
     the squares, and each product below is one of the terms of that square.
     """
-    num = len(log_mass)
-    mass_peak, column_peak = log_mass.amax(1, keepdim=True), log_column.amax(0)
+    num, dtype = len(log_mass), b.dtype
+    mass_peak = log_mass.amax(1, keepdim=True)
     a, w = (log_mass - mass_peak).exp(), (log_share - log_share.amax()).exp()
     left = torch.cat([a, a * a, a * w, w[None], (w * w)[None]]).to(dtype)
-    b = (log_column.to(dtype) - column_peak.to(dtype)).exp()
     sums, squares, shares, v, vw = (left @ b).double().split([num, num, num, 1, 1])
     square_sums, share_squares, v_square = (
         (torch.cat([left[num : 3 * num], left[-1:]]) @ b.square()).double().split([num, num, 1])

@@ -18,6 +18,8 @@ from service.contract.errors import Invalid
 from service.contract.recipe import pair_name
 from worker.serving.batcher import Batcher, Entry, Ticket
 from worker.serving.encode import encode
+from worker.serving.known import Known, Memory
+from worker.serving.recent import Recent
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
 
 KEPT: Final = 8  # bridges between different models
 KEPT_ANSWERS: Final = 1024
+JOINED_BYTES: Final = 128 << 20  # of banks of one model that were put end to end
 EMBEDDING_S: Final = 3600.0  # a bridge is embedded once for everybody, not within one caller's deadline
 GIVE_THROUGH: Final = "give the bridge items with `through`"
 
@@ -48,6 +51,8 @@ class Bridges:
         self._kept: OrderedDict[tuple[str, ...], asyncio.Task[Bridge]] = OrderedDict()
         self._comparable: dict[tuple[str, str, str], bool] = {}  # digests and modality -> the answer, which stays
         self._offsets: dict[str, Sequence[Offsets]] = {}
+        self._joined: Recent[torch.Tensor] = Recent(JOINED_BYTES)
+        self._memory = Memory()
 
     async def between(self, first: Side, second: Side) -> Bridge:
         """Return the bridge vectors under the model of each of two legs.
@@ -58,8 +63,11 @@ class Bridges:
         modality = first[0].to
         if first[0].model.digest == second[0].model.digest:
             # A trained pair walked there and back has one bank, not two.
-            found = banks if banks[0] is not banks[1] else banks[:1]
-            z = torch.cat([bank.vectors[modality] for bank in found])
+            if banks[0] is banks[1]:
+                z = banks[0].vectors[modality]
+            else:
+                pairs = [pair_name(leg.from_, leg.to) for leg, _ in (first, second)]
+                z = self._join((first[0].model.digest, *pairs, modality), [bank.vectors[modality] for bank in banks])
             return z, z
         self._check_same_tokens(first, second)
         if any(modality not in bank.items for bank in banks):
@@ -91,6 +99,18 @@ class Bridges:
             if len(self._offsets) >= KEPT:
                 self._offsets.pop(next(iter(self._offsets)))
             self._offsets[path] = offsets
+
+    def known(self, path: str | None, target: str | None) -> Known | None:
+        """Return what is kept of a path over banks and of the artifact of the set at its end."""
+        return None if path is None else Known(self._memory, path, target)
+
+    def _join(self, key: tuple[str, ...], vectors: list[torch.Tensor]) -> torch.Tensor:
+        """Put two banks end to end, once for many questions."""
+        z = self._joined.get(key)
+        if z is None:
+            z = torch.cat(vectors)
+            self._joined.put(key, z, z.nbytes)
+        return z
 
     def _check_same_tokens(self, first: Side, second: Side) -> None:
         modality = first[0].to

@@ -9,15 +9,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Final, assert_never, final
 
 import numpy as np
 import torch
 
 from service.contract.wire import ComposeAnswer
-from worker.composition.chains import ROUNDS, Chain, Ending, Offsets, balancing, carry
+from worker.composition.chains import Chain, Ending, Offsets, balancing, carry
 from worker.composition.choice import choose
+from worker.composition.columns import Columns, Look
 from worker.composition.diagnostics import spearman
 from worker.composition.estimators import TRUSTED_SAMPLE_SIZE, Marginal, direct
 from worker.composition.search import Best, Ranking
@@ -25,6 +25,7 @@ from worker.learning import critics
 from worker.serving import ways
 from worker.serving.batcher import Entry
 from worker.serving.encode import within_memory
+from worker.serving.sizes import Sizes
 from worker.serving.ways import Closed, Compared, Health, Summed, Trained, Way
 
 if TYPE_CHECKING:
@@ -33,16 +34,10 @@ if TYPE_CHECKING:
 
     from service.contract.losses import Critic
     from service.contract.wire import Arrays, Method
+    from worker.serving.known import Known
 
-STEP_PRODUCTS: Final = 1 << 29  # multiplications of a step, some ten milliseconds of one core
-PRODUCTS_PER_TOKEN: Final = 1 << 16  # puts a step of composition and a step of embedding on one scale
-BLOCK_VALUES: Final = 1 << 22  # of one matrix of a step: bridge by targets, or sources by bridge
-MAX_WIDTH: Final = 4096
-PROBE: Final = 256  # targets on which the health of a sum is judged, where not all are looked at anyway
-ALL: Final = 512  # targets up to which they are
-MAX_KEPT_VALUES: Final = (
-    1 << 22
-)  # of targets that stay on the device between steps; more are read again from their file
+MAX_KEPT_VALUES: Final = 1 << 22
+"""Of targets that stay on the device between steps; more are read again from their file."""
 
 
 @final
@@ -72,19 +67,23 @@ class Composer:
         top_k: int,
         device: torch.device,
         keep: Callable[[Chain], None] | None = None,
+        known: Known | None = None,
     ) -> None:
-        """Take a question; `keep` is told a chain with the offsets of its links, once they are found."""
+        """Take a question; `keep` is told a chain with the offsets of its links, once they are found.
+
+        `known` is what earlier questions left, and takes what this one finds.
+        """
         self.way = way
         self.device = device
         self.top_k = min(top_k, len(target))
-        self._source, self._target, self._keep = source, target, keep
+        self._source, self._target, self._keep, self._known = source, target, keep, known
         self._log_prior_given = log_prior
         self._log_prior: Tensor | None = None
         self._z_target: Tensor | None = None
         self._health = Health()
         self._reason: str | None = None
         self._found: list[Found] = []
-        self._sizes = _Sizes.of(way, len(source), target.shape, self.top_k)
+        self._sizes = Sizes.of(way, len(source), target.shape, self.top_k, known)
         self._steps = self._work()
         self._num_done = 0
         self._failure: Exception | None = None
@@ -92,6 +91,23 @@ class Composer:
     def entries(self) -> list[Entry]:
         """Return the steps as the batcher's items, alike in length so that they stay in order."""
         return [Entry(at, self._sizes.length) for at in range(self._sizes.num_steps)]
+
+    def about(self, source: np.ndarray) -> Composer:
+        """Ask the same of other sources; what was settled and found for these holds for those."""
+        way = self.way
+        if isinstance(way, Summed) and self._reason is not None:
+            way = replace(way, is_open=False)
+        known, log_prior = self._known, self._log_prior_given
+        return Composer(
+            way,
+            source,
+            self._target,
+            log_prior=log_prior,
+            top_k=self.top_k,
+            device=self.device,
+            keep=self._keep,
+            known=known,
+        )
 
     def answer_at_once(self) -> tuple[dict[str, Any], Arrays]:
         """Do all steps, and answer."""
@@ -177,7 +193,7 @@ class Composer:
         if self._log_prior_given is not None:
             self._log_prior = torch.tensor(self._log_prior_given, device=self.device, dtype=torch.float64)
         # Here, since `answer` belongs to the event loop, where nobody computes.
-        self._health = ways.look_at(self.way)
+        self._health = self._look()
         if isinstance(self.way, Summed):
             yield from self._balance(self.way)
         critic, _ = ways.critics_of(self.way)
@@ -233,25 +249,67 @@ class Composer:
         num_targets = len(self._target)
         columns = torch.linspace(0, num_targets - 1, self._sizes.probe, dtype=torch.float64, device=self.device)
         columns = columns.round().long()
-        seen = yield from self._weigh(chain, masses, columns)
+        kept = yield from self._columns(chain, columns)
+        seen = None if kept is None else (yield from self._look_up(kept, masses[-1]))
+        if seen is None:
+            kept, seen = None, (yield from self._weigh(chain, masses, columns))
         sizes = seen.effective_sample_size.median(1).values
+        ratios = seen.log_ratio[:, columns] if isinstance(seen, Look) else seen.log_ratio
         agreement = None
         if way.comparable:
             compared = direct(chain.links[0].critic, z_source, self._targets(columns))
-            agreement = spearman(compared, seen.log_ratio)
+            agreement = spearman(compared, ratios)
         if way.is_open and self._reason is None and self._choose(way, sizes, agreement) == "direct":
             self.way = Compared(chain.links[0].critic, is_trained=False, bridge=chain.bridges[0].left)
             found = yield from self._answer(z_source)
             return replace(found, sample_size=sizes, rank_agreement=agreement)
-        if len(columns) == num_targets:
-            ranking = Ranking(len(z_source), self.top_k, device=self.device)
-            ranking.add(0, seen.log_ratio, self._log_prior)
-            best = ranking.best()
+        if isinstance(seen, Marginal) and len(columns) == num_targets:
+            best = self._best_of(seen.log_ratio)
             error, bias = (each.gather(1, best.index) for each in (seen.standard_error, seen.bias))
         else:
-            best = yield from self._rank(len(z_source), Ending(chain, masses[-1]).log_ratios)
-            error, bias = yield from self._weigh_best(chain, masses, best.index)
+            if isinstance(seen, Look):
+                best = self._best_of(seen.log_ratio)
+            else:
+                best = yield from self._rank(len(z_source), Ending(chain, masses[-1]).log_ratios)
+            error, bias = yield from self._weigh_best(chain, masses, best.index, kept)
         return Found(best, is_ratio=True, standard_error=error, bias=bias, sample_size=sizes, rank_agreement=agreement)
+
+    def _columns(self, chain: Chain, probe: Int64[Tensor, " target"]) -> Generator[None, None, Columns | None]:
+        """Return the scores of a set with the bridge, found first if need be; None if they are not to be kept."""
+        known, width = self._known, self._sizes.added
+        if known is None or not width:
+            return None
+        kept = known.columns
+        if kept is None:
+            num = len(self._target)
+            kept = Columns(chain.bridges[-1], probe, num_targets=num, normalise=chain.normalise)
+            for begin in range(0, num, width):
+                kept.add(chain.links[-1], chain.bridges[-1], self._targets(slice(begin, begin + width)))
+                yield
+            known.keep_columns(kept)
+        return kept
+
+    def _look_up(self, kept: Columns, log_mass: Float[Tensor, "source bridge"]) -> Generator[None, None, Look | None]:
+        parts: list[Tensor] = []
+        for begin in range(0, len(self._target), self._sizes.taken):
+            parts.append(kept.sums(log_mass, slice(begin, begin + self._sizes.taken)))
+            yield
+        return kept.look(log_mass, torch.cat(parts, 1))
+
+    def _best_of(self, log_ratio: Float[Tensor, "source target"]) -> Best:
+        ranking = Ranking(len(log_ratio), self.top_k, device=self.device)
+        ranking.add(0, log_ratio, self._log_prior)
+        return ranking.best()
+
+    def _look(self) -> Health:
+        """Look at the bridges, unless somebody did."""
+        if self._known is None or not isinstance(self.way, Summed):
+            return ways.look_at(self.way)
+        health = self._known.health
+        if health is None:
+            health = ways.look_at(self.way)
+            self._known.keep_health(health)
+        return health
 
     def _balance(self, way: Summed) -> Generator[None]:
         """Find the offsets of the links between two bridges, unless they are known."""
@@ -285,13 +343,15 @@ class Composer:
         )
 
     def _weigh_best(
-        self, chain: Chain, masses: list[Tensor], index: Int64[Tensor, "source best"]
+        self, chain: Chain, masses: list[Tensor], index: Int64[Tensor, "source best"], kept: Columns | None
     ) -> Generator[None, None, tuple[Float[Tensor, "source best"], Float[Tensor, "source best"]]]:
         """Return the standard errors and biases of each source's best targets."""
         error = torch.empty(index.shape, dtype=torch.float64, device=self.device)
         bias = torch.empty_like(error)
         for chosen in index.unique().split(self._sizes.weighed):
-            found = chain.weigh(masses, self._targets(chosen))
+            found = None if kept is None else kept.weigh(masses[-1], chosen)
+            if found is None:
+                found = chain.weigh(masses, self._targets(chosen))
             rows, ranks = ((index >= chosen[0]) & (index <= chosen[-1])).nonzero(as_tuple=True)
             at = torch.searchsorted(chosen, index[rows, ranks])
             error[rows, ranks], bias[rows, ranks] = found.standard_error[rows, at], found.bias[rows, at]
@@ -339,57 +399,6 @@ class Composer:
 
     def _on_device(self, critic: Critic, z: np.ndarray) -> Float[Tensor, "row dim"]:
         return critics.prepare(critic, torch.tensor(z, device=self.device))
-
-
-@final
-@dataclass(frozen=True)
-class _Sizes:
-    """How a question is cut, by the largest matrix and the number of multiplications that each way has in a step."""
-
-    sources: int  # at once
-    probe: int  # targets on which a sum's health is judged
-    weighed: int  # targets of a step that looks closely
-    ranked: int  # targets of a step that ranks
-    carried: int  # bridge items of a step between two bridges
-    num_steps: int
-    length: int
-
-    @staticmethod
-    def of(way: Way, num_sources: int, shape: tuple[int, ...], top_k: int) -> _Sizes:
-        num, dim = shape
-        bridges = [len(z) for z, _ in ways.bridges_of(way)]
-        largest = max(bridges, default=1)
-        sources = min(num_sources, max(1, BLOCK_VALUES // 2 // max(largest, 1)))
-        is_sum = isinstance(way, Summed)
-        per_target = bridges[-1] * (dim + sources) if is_sum else sources * dim
-        per_weighed = bridges[-1] * (dim + 6 * sources) if is_sum else 1
-        ranked = _width(per_target, max(1, BLOCK_VALUES // sources))
-        weighed = _width(per_weighed, max(1, BLOCK_VALUES // largest))
-        if len(bridges) > 1:
-            weighed = max(weighed, min(PROBE, num))  # every step goes over all scores between two bridges
-        carried = _width(largest * (dim + sources), MAX_WIDTH)
-        winners = min(num, sources * top_k)
-        takes_all = num <= ALL or (2 * (winners + PROBE) >= num and sources * num <= BLOCK_VALUES)
-        probe = num if takes_all else PROBE
-        steps, products = math.ceil(num / ranked), num * per_target
-        if is_sum:
-            steps = math.ceil(probe / weighed) + (0 if takes_all else steps + math.ceil(winners / weighed))
-            products = probe * per_weighed + (0 if takes_all else products + winners * per_weighed)
-            steps += sum(math.ceil(each / carried) for each in bridges[1:])
-            products += sum(first * second * (dim + sources) for first, second in pairwise(bridges))
-        elif bridges:
-            products += sources * bridges[0] * dim
-        chunks = math.ceil(num_sources / sources)
-        steps, products = steps * chunks, products * chunks
-        if is_sum and len(way.chain.offsets) < len(bridges) - 1:
-            steps += sum(ROUNDS * math.ceil(each / carried) for pair in pairwise(bridges) for each in pair)
-            products += sum(2 * ROUNDS * first * second * dim for first, second in pairwise(bridges))
-        length = max(1, products // steps // PRODUCTS_PER_TOKEN)
-        return _Sizes(sources, probe, weighed, ranked, carried, steps, length)
-
-
-def _width(products_each: int, most: int) -> int:
-    return max(1, min(STEP_PRODUCTS // max(1, products_each), most, MAX_WIDTH))
 
 
 def _joined(parts: Sequence[Tensor]) -> np.ndarray:

@@ -156,6 +156,7 @@ async def composer_of(parts: Parts, call: ComposeCall, arrays: Arrays) -> Compos
         top_k=call.top_k,
         device=parts.device,
         keep=lambda chain: parts.bridges.keep_offsets(path, chain.offsets),
+        known=parts.bridges.known(path, call.sets["target"].artifact if "target" in call.sets else None),
     )
 
 

@@ -15,9 +15,11 @@ from service.contract.losses import Critic
 from worker.composition.chains import Bridge, Chain
 from worker.composition.closed_forms import fit_normal
 from worker.composition.streaming import Link
-from worker.serving import compose, ways
+from worker.serving import known as known_module
+from worker.serving import sizes, ways
 from worker.serving.batcher import Batcher, Ticket
 from worker.serving.compose import Composer
+from worker.serving.known import Known, Memory
 from worker.serving.ways import Closed, Compared, Health, Summed, Trained, Way
 
 CPU = torch.device("cpu")
@@ -129,7 +131,7 @@ def test_small_steps_answer_what_one_large_one_does(
     """Whatever is cut: sources, targets, the bridge items of a chain, and what is looked at closely."""
     document, arrays = composer(way, log_prior=prior).answer_at_once()
     for name, value in {"ALL": 0, "PROBE": 3, "BLOCK_VALUES": 1 << 8, "STEP_PRODUCTS": 1 << 11}.items():
-        monkeypatch.setattr(compose, name, value)
+        monkeypatch.setattr(sizes, name, value)
     small = composer(way, log_prior=prior)
     steps = small.entries()
     assert len(steps) > 20
@@ -143,9 +145,51 @@ def test_small_steps_answer_what_one_large_one_does(
     assert again["effective_sample_size"] == pytest.approx(document["effective_sample_size"], rel=0.5)
 
 
+@pytest.mark.parametrize("targets", [40, 700])
+@pytest.mark.parametrize("scale", [6.0, 400.0])
+@pytest.mark.parametrize("prior", [False, True])
+def test_a_set_that_is_asked_about_again_is_answered_from_what_was_kept(
+    targets: int, scale: float, prior: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At a scale whose sums float32 cannot hold the answer is the same, without what was kept."""
+    log_prior = np.log(np.arange(1, targets + 1) / (targets * (targets + 1) / 2)) if prior else None
+    plain, expected = composer(summed(scale=scale), top_k=3, targets=targets, log_prior=log_prior).answer_at_once()
+    known = Known(Memory(), "a path", "embeddings/one/1")
+    monkeypatch.setattr(sizes, "STEP_PRODUCTS", 1 << 14)
+    num_steps: list[int] = []
+    for _ in range(2):
+        question = composer(summed(scale=scale), top_k=3, targets=targets, log_prior=log_prior, known=known)
+        num_steps.append(len(question.entries()))
+        for step in question.entries():
+            question.run([step.item])
+        document, found = question.answer()
+        assert known.columns is not None
+        np.testing.assert_array_equal(found["index"], expected["index"])
+        for name in ("score", "log_ratio", "standard_error", "bias", "log_normaliser"):
+            np.testing.assert_allclose(found[name], expected[name], atol=1e-3, rtol=1e-3)
+        assert (document["method"], document["reason"]) == (plain["method"], plain["reason"])
+        for name in ("effective_sample_size", "direct_marginal_spearman", "bridge_resultant"):
+            assert document[name] == pytest.approx(plain[name], rel=1e-3)
+        assert document["warnings"] == plain["warnings"]
+    assert num_steps[1] < num_steps[0]
+
+
+def test_nothing_is_kept_of_targets_that_came_with_the_call_or_are_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = Memory()
+    expected = composer(summed(), top_k=3).answer_at_once()[1]["index"]
+    np.testing.assert_array_equal(
+        composer(summed(), top_k=3, known=Known(memory, "a path", None)).answer_at_once()[1]["index"], expected
+    )
+    monkeypatch.setattr(known_module, "LARGEST_COLUMNS", 300 * 40 - 1)
+    known = Known(memory, "a path", "embeddings/one/1")
+    np.testing.assert_array_equal(composer(summed(), top_k=3, known=known).answer_at_once()[1]["index"], expected)
+    assert memory.columns.num_bytes == 0
+    assert known.health is not None
+
+
 def test_the_steps_of_a_question_go_through_the_batcher_in_their_order(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"ALL": 0, "PROBE": 3, "STEP_PRODUCTS": 1 << 12}.items():
-        monkeypatch.setattr(compose, name, value)
+        monkeypatch.setattr(sizes, name, value)
     question = composer(summed())
     expected = composer(summed()).answer_at_once()[1]
     batcher = Batcher(max_tokens=2, max_waiting=1000)
