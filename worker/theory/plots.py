@@ -84,8 +84,8 @@ def draw_map(plan: Map) -> bytes:
             axes.set_title(f"{panel.title}: {sum(panel.reached)} of {len(panel.reached)}", fontsize=9)
             axes.set(xlim=(0, num_columns), ylim=(num_rows, 0), aspect="equal", xlabel="column", ylabel="row")
             # A cell's number stands at its middle.
-            axes.set_xticks([at + 0.5 for at in range(0, num_columns, 2)], list(range(0, num_columns, 2)))
-            axes.set_yticks([at + 0.5 for at in range(0, num_rows, 2)], list(range(0, num_rows, 2)))
+            axes.set_xticks([at + 0.5 for at in range(0, num_columns, 2)], [str(at) for at in range(0, num_columns, 2)])
+            axes.set_yticks([at + 0.5 for at in range(0, num_rows, 2)], [str(at) for at in range(0, num_rows, 2)])
             axes.tick_params(length=0, labelsize=7)
 
     width, height = PANELS_INCHES
