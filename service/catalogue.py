@@ -92,6 +92,16 @@ class Model:
         bias = self.body.get("logit_biases", {}).get(pair_name(first, second))
         return None if bias is None else float(bias)
 
+    def gives_ratios(self, first: str, second: str) -> bool:
+        """Tell whether the scores of a trained pair are log-ratios but for an offset: the square loss gives none."""
+        return pair_name(first, second) not in self._regressed
+
+    @cached_property
+    def _regressed(self) -> set[str]:
+        recipe = self.body["recipe"]
+        losses = {pair_name(*pair["modalities"]): pair.get("loss") or recipe.get("loss") for pair in recipe["pairs"]}
+        return {name for name, loss in losses.items() if loss is not None and loss["kind"] == "square"}
+
     def has_bank(self, first: str, second: str) -> bool:
         """Tell whether the model keeps a bridge bank of a trained pair."""
         return pair_name(first, second) in self.body.get("banks", {})

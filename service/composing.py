@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from service import embedding_sets
 from service.catalogue import Model
-from service.contract.errors import RequestError
+from service.contract.errors import Invalid, RequestError
 from service.contract.jobs import SamplesRef
 from service.contract.operations import EmbeddingSetRef, Leg
+from service.contract.priors import as_log_prior
 from service.deps import Service
 from service.inference.inputs import Timings
-from service.inference.legs import check_banks, models_of, way_of
+from service.inference.legs import Way, models_of, way_of
 from service.inference.operands import Reader, Tensors
 from service.submissions import SubmitCompose
 
@@ -28,29 +29,41 @@ async def settle(service: Service, tenant: str, args: SubmitCompose) -> SubmitCo
 
 async def _settled(service: Service, tenant: str, args: SubmitCompose) -> SubmitCompose:
     models = await models_of(service.catalogue, tenant, args)
-    begin = await _modality(service, tenant, models[0], args.source, "source")
-    end = await _modality(service, tenant, models[-1], args.target, "target")
+    begin, _ = await _end(service, tenant, models[0], args.source, "source")
+    end, num_targets = await _end(service, tenant, models[-1], args.target, "target")
     way = way_of(args, models, begin, end)
-    if way.method != "direct":
-        if args.through is None or isinstance(args.through, str):
-            if way.method != "analytic":  # a closed form may do without a bridge; the worker says what it needs
-                check_banks(way.legs)
-        else:
-            reader = Reader(service, tenant, Timings(), truncate=False)
-            first, second = way.legs
-            await reader.add_bridge((first.model, second.model), first.to, args.through, Tensors())
+    await Reader(service, tenant, Timings(), truncate=False).add_bridges(way, Tensors())
+    _check_prior(args, way, num_targets)
     names = [leg.model for leg in args.legs] if args.legs is not None else [args.model or ""] * len(way.legs)
     legs = [
         Leg.model_validate({"model": name, "from": leg.from_, "to": leg.to})
         for name, leg in zip(names, way.legs, strict=True)
     ]
-    return args.model_copy(update={"model": None, "legs": legs, "method": way.method})
+    method = "auto" if way.is_open else way.method
+    return args.model_copy(update={"model": None, "legs": legs, "method": method})
 
 
-async def _modality(service: Service, tenant: str, model: Model, given: EmbeddingSetRef | SamplesRef, name: str) -> str:
+def _check_prior(args: SubmitCompose, way: Way, num_targets: int | None) -> None:
+    if args.prior is None:
+        return
+    if num_targets is not None and len(args.prior) != num_targets:
+        raise Invalid(f"{len(args.prior)} priors for {num_targets} targets", param="prior")
+    as_log_prior(args.prior)
+    leg = way.legs[0]
+    if way.method == "direct" and not (
+        len(way.legs) == 1 and leg.model.is_trained(leg.from_, leg.to) and leg.model.gives_ratios(leg.from_, leg.to)
+    ):
+        message = "a prior weighs ratios, and comparing vectors gives none here: use the method marginal"
+        raise Invalid(message, param="prior", code="no_ratio")
+
+
+async def _end(
+    service: Service, tenant: str, model: Model, given: EmbeddingSetRef | SamplesRef, name: str
+) -> tuple[str, int | None]:
+    """Return the modality of one end, and how many vectors it has, if that is known already."""
     if isinstance(given, SamplesRef):
         model.check_modality(given.modality, param=f"{name}.modality")
-        return given.modality
+        return given.modality, None
     found = await embedding_sets.find(service, tenant, given.embeddings, param=f"{name}.embeddings")
     embedding_sets.check(found.about, model, None, param=f"{name}.embeddings")
-    return found.about.modality
+    return found.about.modality, found.about.num_vectors

@@ -14,7 +14,7 @@ from typing_extensions import TypedDict
 
 from service.contract.experiments import EXPERIMENTS, ExperimentName, Verdict
 from service.contract.losses import Critic
-from service.contract.operations import EmbeddingSetRef, Leg, TopK
+from service.contract.operations import MAX_WEIGHTS, AnySetThrough, BridgeWeights, EmbeddingSetRef, Leg, TopK
 from service.contract.recipe import Budget, Recipe
 from service.contract.word import Id, ModalityName, Name, Real, Text, Word
 
@@ -120,16 +120,31 @@ class ComposeArgs(Word):
     model: Annotated[Id | None, Field(description="one model that holds both legs; or give `legs`")] = None
     legs: Annotated[list[Leg] | None, Field(min_length=1, max_length=8)] = None
     through: Annotated[
-        ModalityName | EmbeddingSetRef | Annotated[list[EmbeddingSetRef], Field(min_length=1, max_length=8)] | None,
+        AnySetThrough,
         Field(
             description="the bridge: a modality (its bank is used) or an embedding set, for legs of two models one of "
-            "each model over the same samples; null: the model's bank"
+            "each model over the same samples; null: the model's bank. For more than two legs a list of joints, one "
+            "between each two legs; null: all from banks"
         ),
+    ] = None
+    bridge_weights: Annotated[
+        BridgeWeights | None,
+        Field(description="as for POST /v1/compose, of the set in `through`; null: all alike", max_length=MAX_WEIGHTS),
     ] = None
     method: Annotated[
         Literal["auto", "direct", "marginal", "analytic"],
-        Field(description="as for POST /v1/compose; auto is settled at once, by the legs alone"),
+        Field(
+            description="as for POST /v1/compose; auto: what the legs leave open, the first sources settle, and for all"
+        ),
     ] = "auto"
+    prior: Annotated[
+        list[Annotated[Real, Field(ge=0)]] | None,
+        Field(
+            description="prior weight of each target, scaled to sum 1; null: uniform over the targets",
+            min_length=1,
+            max_length=MAX_WEIGHTS,
+        ),
+    ] = None
     top_k: TopK = 10
 
 

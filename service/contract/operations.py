@@ -5,14 +5,17 @@ Where an existing client could work unchanged its shape is followed exactly: Ope
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Final, Literal, cast
 
-from pydantic import ConfigDict, Field, StrictBool, StrictInt, StrictStr
+from pydantic import ConfigDict, Discriminator, Field, StrictBool, StrictInt, StrictStr, Tag
 
 from service.contract.items import Item, Items
 from service.contract.word import Id, ModalityName, Real, Word
 
 Modalities = Annotated[list[ModalityName], Field(fail_fast=True)]
+MAX_WEIGHTS: Final = 10_000
+"""Of a job's prior or bridge: it stays in the row of the job."""
+
 TopK = Annotated[StrictInt, Field(ge=1, le=10_000)]
 
 
@@ -163,14 +166,40 @@ class EmbeddingSetRef(Word):
     embeddings: Id
 
 
-Through = (
-    ModalityName
-    | EmbeddingSetRef
-    | Annotated[list[EmbeddingSetRef], Field(min_length=1, max_length=8)]
-    | Annotated[list[Item], Field(fail_fast=True, min_length=1)]
-    | None
-)
 BridgeWeights = Annotated[list[Annotated[Real, Field(ge=0)]], Field(fail_fast=True, min_length=1)]
+
+
+def _bridge_tag(value: Any) -> str | None:
+    if isinstance(value, list):
+        first = cast("list[Any]", value)[0] if value else None
+        if isinstance(first, Joint | SetJoint) or (isinstance(first, dict) and "through" in first):
+            return "joints"
+        if isinstance(first, EmbeddingSetRef) or (isinstance(first, dict) and "embeddings" in first):
+            return "sets"
+        return "items"
+    if isinstance(value, EmbeddingSetRef) or (isinstance(value, dict) and "embeddings" in value):
+        return "set"
+    return "modality" if isinstance(value, str) else None
+
+
+def _one_of(*kinds: str) -> Discriminator:
+    """Tell bridges apart by what they look like, so that a bad one gives one error, at its own place."""
+    *others, last = kinds
+    message = f"a bridge is {', '.join(others)} or {last}"
+    return Discriminator(_bridge_tag, custom_error_type="bridge", custom_error_message=message)
+
+
+_NAMED: Final = ("the name of a modality", '{"embeddings": id}', "a list of these")
+_JOINTS: Final = 'a list of {"through": a bridge}, one between each two legs'
+_Bridges = (
+    Annotated[ModalityName, Tag("modality")]
+    | Annotated[EmbeddingSetRef, Tag("set")]
+    | Annotated[list[EmbeddingSetRef], Field(min_length=1, max_length=8), Tag("sets")]
+)
+_Items = Annotated[list[Item], Field(fail_fast=True, min_length=1), Tag("items")]
+Through = Annotated[_Bridges | _Items, _one_of(*_NAMED, "a list of items")] | None
+SetThrough = Annotated[_Bridges, _one_of(*_NAMED)] | None
+"""A bridge that a job can have, which carries ids and no documents."""
 
 
 class Joint(Word):
@@ -178,6 +207,29 @@ class Joint(Word):
 
     through: Annotated[Through, Field(description="as `through` of a request with two legs; null: the models' banks")]
     weights: Annotated[BridgeWeights | None, Field(description="as `bridge_weights`")] = None
+
+
+class SetJoint(Word):
+    """The bridge between two of several legs of a job."""
+
+    through: Annotated[SetThrough, Field(description="as `through` of a job with two legs; null: the models' banks")]
+    weights: Annotated[BridgeWeights | None, Field(description="as `bridge_weights`", max_length=MAX_WEIGHTS)] = None
+
+
+AnyThrough = (
+    Annotated[
+        _Bridges | _Items | Annotated[list[Joint], Field(min_length=1, max_length=7), Tag("joints")],
+        _one_of(*_NAMED, "a list of items", _JOINTS),
+    ]
+    | None
+)
+AnySetThrough = (
+    Annotated[
+        _Bridges | Annotated[list[SetJoint], Field(min_length=1, max_length=7), Tag("joints")],
+        _one_of(*_NAMED, _JOINTS),
+    ]
+    | None
+)
 
 
 class ComposeRequest(Word):
@@ -190,7 +242,7 @@ class ComposeRequest(Word):
     source_modality: Annotated[ModalityName | None, Field(description="what bare strings in `source` are")] = None
     target_modality: Annotated[ModalityName | None, Field(description="what bare strings in `target` are")] = None
     through: Annotated[
-        Through | Annotated[list[Joint], Field(min_length=1, max_length=7)],
+        AnyThrough,
         Field(
             description="the bridge: a modality (its bank is used), items, or an embedding set, for legs of two models "
             "one of each model over the same samples; null: the model's bank. For more than two legs a list of joints, "

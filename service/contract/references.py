@@ -21,6 +21,7 @@ from service.contract.jobs import (
     SamplesRef,
     TrainArgs,
 )
+from service.contract.joints import joints_of
 from service.contract.operations import EmbeddingSetRef
 from service.contract.tables import alias, checkpoint, dataset, embedding_set, job, job_input, model
 
@@ -178,10 +179,9 @@ def _sets_of(args: Args) -> list[tuple[str, str]]:
     if not isinstance(args, ComposeArgs):
         return []
     given = {"source": args.source, "target": args.target}
-    if isinstance(args.through, EmbeddingSetRef):
-        given["through"] = args.through
-    if isinstance(args.through, list):
-        given |= {f"through[{index}]": each for index, each in enumerate(args.through)}
+    for asked in joints_of(args.through, args.bridge_weights, max(1, len(args.legs or []) - 1)):
+        is_list = isinstance(asked.through, list)
+        given |= {f"{asked.param}[{at}]" if is_list else asked.param: ref for at, ref in enumerate(asked.sets)}
     return [(f"{at}.embeddings", each.embeddings) for at, each in given.items() if isinstance(each, EmbeddingSetRef)]
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from service.catalogue import Catalogue, Model
 from service.contract.errors import Invalid
 from service.contract.jobs import ComposeArgs
-from service.contract.operations import ComposeRequest, Joint
+from service.contract.joints import Asked, joints_of
+from service.contract.operations import ComposeRequest
 from service.contract.wire import ComposeLeg
 
 Method = Literal["direct", "marginal", "analytic"]
@@ -37,6 +38,7 @@ class Way:
     method: Method
     reason: str
     is_open: bool = False  # the health of the sum may make it a direct comparison
+    joints: list[Asked] = field(default_factory=list[Asked])  # what the request says of the bridge between each two
 
     @property
     def through(self) -> str | None:
@@ -69,33 +71,32 @@ def way_of(body: ComposeRequest | ComposeArgs, models: list[Model], from_: str, 
 
     Raises Invalid where there is none.
     """
-    given = body.through
-    if isinstance(given, list) and isinstance(given[0], Joint):
-        if len(given) != (num := 1 if body.legs is None else len(body.legs) - 1):
-            raise Invalid(f"{len(given)} bridges for {num} joints between legs", param="through", code="bridges")
-        given = given[0].through if num == 1 else None
-    elif given is not None and body.legs is not None and len(body.legs) > 2:
-        message = "several legs have a bridge between each two: give a list of joints, or none for the models' banks"
-        raise Invalid(message, param="through", code="bridges")
+    joints = joints_of(body.through, body.bridge_weights, 1 if body.legs is None else len(body.legs) - 1)
+    given = joints[0].through if len(joints) == 1 else None
     through = given if isinstance(given, str) else None
     if body.legs is not None:
-        if through is not None and (len(body.legs) < 2 or through != body.legs[0].to):
+        if through is not None and through != body.legs[0].to:
             raise Invalid("the legs do not go through this modality", param="through")
         legs = [Leg(model, leg.from_, leg.to) for model, leg in zip(models, body.legs, strict=True)]
-        return along(legs, from_, to, wanted=body.method)
+        return replace(along(legs, from_, to, wanted=body.method), joints=joints)
     if through is not None:
         models[0].check_modality(through, param="through")
     is_given = given is not None and through is None
-    return within(models[0], from_, to, through=through, given_bridge=is_given, wanted=body.method)
+    way = within(models[0], from_, to, through=through, given_bridge=is_given, wanted=body.method)
+    return replace(way, joints=joints)
 
 
-def check_banks(legs: Sequence[Leg]) -> None:
-    """Raise Invalid for a leg whose model keeps no bridge."""
-    for leg in legs:
+def check_bank_bridge(way: Way, at: int) -> None:
+    """Raise Invalid for a bridge that is to be of the models' banks, if it is another modality's or there is none."""
+    pair, asked = way.legs[at : at + 2], way.joints[at]
+    if isinstance(asked.through, str) and asked.through != pair[0].to:
+        raise Invalid(f"the legs meet in {pair[0].to} here, not in {asked.through}", param=asked.param)
+    # A closed form over the sphere can do without a bridge; what else it needs, the worker says.
+    for leg in pair if way.method == "marginal" else ():
         if not leg.model.has_bank(leg.from_, leg.to):
             raise Invalid(
                 f"the model keeps no bridge bank of {leg.from_} and {leg.to}: give the bridge items with `through`",
-                param="through",
+                param=asked.param,
                 code="no_bank",
             )
 
@@ -121,11 +122,32 @@ def within(model: Model, source: str, target: str, *, through: str | None, given
             param="through" if through else "model",
             code="no_bridge",
         )
+    legs = _two(model, source, bridge, target)
     untrained = f"{source} and {target} were never trained together; both were trained with {bridge}"
-    if wanted != "auto":
-        return Way(_two(model, source, bridge, target), wanted, "asked for")
     reason = "asked to go through a bridge" if trained else untrained
-    return Way(_two(model, source, bridge, target), "marginal", reason, is_open=True)
+    if (no_ratio := regressed(legs)) is not None:
+        return _compared(legs, no_ratio, reason, wanted)
+    if wanted != "auto":
+        return Way(legs, wanted, "asked for")
+    return Way(legs, "marginal", reason, is_open=True)
+
+
+def regressed(legs: Sequence[Leg]) -> str | None:
+    """Say why nothing can be summed over the legs, if one of them was trained by regression."""
+    for leg in legs:
+        if not leg.model.gives_ratios(leg.from_, leg.to):
+            return f"{leg.from_} and {leg.to} were trained by regression, which gives no ratios to sum"
+    return None
+
+
+def _compared(legs: list[Leg], no_ratio: str, reason: str, wanted: Wanted) -> Way:
+    """Compare where nothing can be summed, unless a sum is asked for, or nothing can be compared either."""
+    if wanted != "auto":
+        raise Invalid(f"{no_ratio}: use the method direct", param="method", code="no_ratio")
+    if len({leg.model.ref.digest for leg in legs}) > 1:
+        message = f"{no_ratio}, and vectors of several models cannot be compared"
+        raise Invalid(message, param="legs", code="no_ratio")
+    return Way(legs, "direct", f"{reason}; {no_ratio}")
 
 
 def along(legs: list[Leg], source: str, target: str, *, wanted: Wanted) -> Way:
@@ -151,11 +173,14 @@ def along(legs: list[Leg], source: str, target: str, *, wanted: Wanted) -> Way:
     if wanted == "analytic" and len(legs) > 2:
         message = "a closed form sums over one bridge, and here are several: use the method marginal"
         raise Invalid(message, param="method", code="no_closed_form")
-    if wanted != "auto":
-        return Way(legs, wanted, "asked for")
     number = "two" if len(legs) == 2 else str(len(legs))
     meet = ", ".join(dict.fromkeys(leg.to for leg in legs[:-1]))
-    return Way(legs, "marginal", f"{number} legs that meet in {meet}", is_open=True)
+    reason = f"{number} legs that meet in {meet}"
+    if (no_ratio := regressed(legs)) is not None:
+        return _compared(legs, no_ratio, reason, wanted)
+    if wanted != "auto":
+        return Way(legs, wanted, "asked for")
+    return Way(legs, "marginal", reason, is_open=True)
 
 
 def _bridge(model: Model, source: str, target: str, through: str | None) -> str | None:

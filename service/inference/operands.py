@@ -6,16 +6,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
+import numpy as np
 from typing_extensions import TypeIs
 
 from service import embedding_sets
 from service.catalogue import Model
 from service.contract.errors import Invalid
 from service.contract.items import AnyItem
+from service.contract.joints import check_weights
 from service.contract.operations import EmbeddingSetRef
 from service.contract.wire import Arrays, SetRef
 from service.deps import Service
 from service.inference.inputs import Timings, Tokenised, embed, listed, places, tokenise
+from service.inference.legs import Way, check_bank_bridge
 
 Given = AnyItem | list[AnyItem] | EmbeddingSetRef
 Bridge = Given | list[EmbeddingSetRef]
@@ -71,6 +74,31 @@ class Reader:
             return
         encoded = await embed(self.service, side.model, side.given.tokenised, side.given.at, self.timings)
         found.arrays[tensor] = encoded.vectors
+
+    async def add_bridges(self, way: Way, found: Tensors) -> int:
+        """Put the bridges that the request gives among the tensors, with their weights; count their tokens.
+
+        Raises Invalid for a bridge that neither the request nor the banks give, and for weights that go with none.
+        """
+        num_tokens = 0
+        for at, asked in enumerate(way.joints):
+            if way.method == "direct":
+                if asked.weights is not None:
+                    message = "comparing vectors sums over no bridge that could be weighted"
+                    raise Invalid(message, param=asked.weights_param)
+                continue
+            if asked.through is None or isinstance(asked.through, str):
+                check_weights(asked, 0)
+                check_bank_bridge(way, at)
+                continue
+            first, second = way.legs[at : at + 2]
+            models = first.model, second.model
+            sides = await self.add_bridge(models, first.to, asked.through, found, at=at, name=asked.param)
+            check_weights(asked, len(sides[0]))
+            num_tokens += sum(side.num_tokens for side in sides)
+            if asked.weights is not None:
+                found.arrays[f"bridge_weights.{at}"] = np.array(asked.weights, np.float64)
+        return num_tokens
 
     async def add_bridge(
         self,

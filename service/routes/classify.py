@@ -28,6 +28,7 @@ from service.catalogue import Model
 from service.contract.errors import Invalid, NotFound, TooLarge, UnsupportedMedia
 from service.contract.items import AnyItem, TextItem
 from service.contract.operations import ClassifyRequest, ClassifyResponse
+from service.contract.priors import as_log_prior
 from service.contract.settings import Settings
 from service.deps import Inferrer, Running, Service
 from service.edge.problems import documented
@@ -36,7 +37,6 @@ from service.inference.answers import check_matches, respond
 from service.inference.hangups import InferenceRoute
 from service.inference.inputs import Timings, encode, listed, places
 from service.inference.label_cache import LabelCache
-from service.inference.priors import as_log_prior
 
 router = APIRouter(tags=["inference"], prefix="/v1", route_class=InferenceRoute)
 

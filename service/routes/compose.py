@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 from fastapi import APIRouter, Response
-from jaxtyping import Float32, Float64
+from jaxtyping import Float32
 
 from service.contract.errors import Invalid, NotFound, TooLarge, UnsupportedMedia
-from service.contract.operations import ComposeRequest, ComposeResponse, Joint, Through
+from service.contract.operations import ComposeRequest, ComposeResponse
+from service.contract.priors import as_log_prior
 from service.contract.vectors import Strings
 from service.contract.wire import Arrays, ComposeAnswer, ComposeCall
 from service.deps import Inferrer, Running
@@ -19,9 +20,8 @@ from service.edge.problems import documented
 from service.inference.answers import check_matches, respond
 from service.inference.hangups import InferenceRoute
 from service.inference.inputs import Timings
-from service.inference.legs import Way, check_banks, models_of, way_of
+from service.inference.legs import Way, models_of, way_of
 from service.inference.operands import Reader, Tensors
-from service.inference.priors import as_log_prior
 
 router = APIRouter(tags=["inference"], prefix="/v1", route_class=InferenceRoute)
 
@@ -54,7 +54,7 @@ async def create(service: Running, caller: Inferrer, body: ComposeRequest) -> Re
     await reader.embed(target, "target", tensors)
     if body.prior is not None:
         tensors.arrays["log_prior"] = log_prior
-    num_bridge_tokens = await _add_bridges(reader, body, way, tensors)
+    num_bridge_tokens = await reader.add_bridges(way, tensors)
     call = ComposeCall(
         legs=[leg.on_wire() for leg in way.legs],
         method="auto" if way.is_open else way.method,
@@ -76,58 +76,6 @@ async def create(service: Running, caller: Inferrer, body: ComposeRequest) -> Re
     return await respond(
         service, lambda: _rows(answer, found, way, log_prior), rest, timings, num_values=6 * found["index"].size
     )
-
-
-async def _add_bridges(reader: Reader, body: ComposeRequest, way: Way, tensors: Tensors) -> int:
-    """Put the bridges that the request gives among the tensors, with their weights; count their tokens.
-
-    Raises Invalid for a bridge that neither the request nor the banks give, and for weights that go with none.
-    """
-    if way.method == "direct":
-        if body.bridge_weights is not None:
-            raise Invalid("comparing vectors sums over no bridge that could be weighted", param="bridge_weights")
-        return 0
-    num_tokens = 0
-    for at, (given, weights, name) in enumerate(_joints(body, len(way.legs) - 1)):
-        pair = way.legs[at : at + 2]
-        param = "bridge_weights" if name == "through" else name.removesuffix("through") + "weights"
-        if given is None or isinstance(given, str):
-            if weights is not None:
-                message = "the bank is drawn from p(b) already: weights go with items or an embedding set in `through`"
-                raise Invalid(message, param=param)
-            if isinstance(given, str) and given != pair[0].to:
-                raise Invalid(f"the legs meet in {pair[0].to} here, not in {given}", param=name)
-            # A closed form over the sphere can do without a bridge; what else it needs, the worker says.
-            if way.method == "marginal":
-                check_banks(pair)
-            continue
-        models = pair[0].model, pair[1].model
-        sides = await reader.add_bridge(models, pair[0].to, given, tensors, at=at, name=name)
-        num_tokens += sum(side.num_tokens for side in sides)
-        if weights is not None:
-            tensors.arrays[f"bridge_weights.{at}"] = _checked(weights, len(sides[0]), param)
-    return num_tokens
-
-
-def _joints(body: ComposeRequest, num: int) -> list[tuple[Through, list[float] | None, str]]:
-    """Return what the request says of each joint between two legs, and where."""
-    given = body.through
-    if isinstance(given, list) and isinstance(given[0], Joint):
-        if body.bridge_weights is not None:
-            raise Invalid("the weights of a list of joints stand in the joints", param="bridge_weights")
-        joints = cast("list[Joint]", given)
-        return [(joint.through, joint.weights, f"through[{at}].through") for at, joint in enumerate(joints)]
-    if num != 1 and body.bridge_weights is not None:
-        raise Invalid("each of several bridges has weights of its own: give a list of joints", param="bridge_weights")
-    return [(cast("Through", given), body.bridge_weights, "through")] * num
-
-
-def _checked(weights: list[float], num: int, param: str) -> Float64[np.ndarray, " item"]:
-    if len(weights) != num:
-        raise Invalid(f"{len(weights)} weights for {num} bridge items", param=param)
-    if not any(weights):
-        raise Invalid("not every weight can be zero", param=param)
-    return np.array(weights, np.float64)
 
 
 def _log_prior(body: ComposeRequest, num_targets: int) -> Float32[np.ndarray, " target"]:

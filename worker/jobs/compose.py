@@ -21,6 +21,8 @@ import pyarrow.parquet as pq
 
 from service.contract.errors import Permanent
 from service.contract.jobs import ComposeArgs, ComposeResult, SamplesRef
+from service.contract.joints import joints_of
+from service.contract.priors import as_log_prior
 from service.contract.vectors import Strings
 from service.contract.wire import ComposeAnswer, ComposeCall, ComposeLeg, ModelRef, SetRef
 from worker.jobs.compose_summary import Summary
@@ -93,22 +95,30 @@ def run(args: ComposeArgs, ctx: Context) -> ComposeResult:
     ]
     source = _open(ctx, args.source, End("source", args.legs[0].model, legs[0].model, legs[0].from_))
     target = _open(ctx, args.target, End("target", args.legs[-1].model, legs[-1].model, legs[-1].to))
+    if args.prior is not None and len(args.prior) != len(target.z):
+        raise Permanent(f"{len(args.prior)} priors for {len(target.z)} targets")
+    arrays: Arrays = {"source": source.z, "target": target.z} | _bridges(ctx, args, legs)
+    if args.prior is not None:
+        arrays["log_prior"] = as_log_prior(args.prior)
+    ends = {"source": source.ref, "target": target.ref}
     call = ComposeCall(
         legs=legs,
         method=args.method,
-        bank=args.through is None or isinstance(args.through, str),
-        sets={} if target.ref is None else {"target": target.ref},
+        bank=any(f"bridge.{2 * at}" not in arrays for at in range(len(legs) - 1)),
+        log_prior=args.prior is not None,
+        sets={name: ref for name, ref in ends.items() if ref is not None},
         top_k=min(args.top_k, len(target.z)),
     )
-    arrays: Arrays = {"target": target.z} | _bridge(ctx, args, legs)
     folder = ctx.scratch / "report"
     folder.mkdir()
     summary = Summary(len(source.z), len(target.z))
     with _composing(ctx) as (runner, parts), pq.ParquetWriter(folder / MATCHES, SCHEMA) as table:
+        composer = runner.run(composer_of(parts, call, arrays))  # of all sources: what is wrong with one is found now
+        log_prior = arrays.get("log_prior", np.full(len(target.z), -math.log(len(target.z))))
         began = time.monotonic()
         for start in range(0, len(source.z), BLOCK):
             block = np.array(source.z[start : start + BLOCK])
-            composer = runner.run(composer_of(parts, call, arrays | {"source": block}))
+            composer = composer.about(block)
             steps = composer.entries()
             for at, step in enumerate(steps, start=1):
                 ctx.check()
@@ -117,13 +127,14 @@ def run(args: ComposeArgs, ctx: Context) -> ComposeResult:
                 ctx.progress(int(done), len(source.z), (len(source.z) - done) * (time.monotonic() - began) / done)
             document, found = composer.answer()
             answer = ComposeAnswer.model_validate(document)
-            call = call.model_copy(update={"method": answer.method})  # what the first block decided holds for all
             summary.add(answer, found)
-            table.write_table(_rows(source.keys, target.keys, start, found, len(target.z)))
+            table.write_table(_rows(source.keys, target.keys, start, found, log_prior))
     described = summary.described() | {
         "source": args.source.model_dump(),
         "target": args.target.model_dump(),
         "legs": [leg.model_dump(by_alias=True) for leg in args.legs],
+        "through": args.model_dump(mode="json")["through"],
+        "prior": "given" if args.prior is not None else "uniform",
         "top_k": call.top_k,
     }
     (folder / SUMMARY).write_text(json.dumps(described, indent=1), encoding="utf-8")
@@ -171,16 +182,22 @@ def _embed(ctx: Context, given: SamplesRef, end: End) -> Side:
     return Side(z, Strings.of(map(chosen.dataset.samples.key, chosen.indices.tolist())), None)
 
 
-def _bridge(ctx: Context, args: ComposeArgs, legs: list[ComposeLeg]) -> Arrays:
-    if args.through is None or isinstance(args.through, str):
+def _bridges(ctx: Context, args: ComposeArgs, legs: list[ComposeLeg]) -> Arrays:
+    """Map the bridges that are embedding sets; those of banks are found with the models."""
+    if args.method == "direct":
         return {}
-    given = args.through if isinstance(args.through, list) else [args.through]
-    refs = given if len(given) == len(legs) else given * len(legs)  # legs of one model share one set
     names = args.legs or []
     found: Arrays = {}
-    for number, (ref, leg) in enumerate(zip(refs, legs, strict=True)):
-        end = End(f"through[{number}]", names[number].model, leg.model, legs[0].to)
-        found[f"bridge.{number}"] = _open(ctx, ref, end).z
+    for at, asked in enumerate(joints_of(args.through, args.bridge_weights, len(legs) - 1)):
+        if asked.is_bank:
+            continue
+        refs = asked.sets
+        for number in (at, at + 1):
+            ref = refs[(number - at) % len(refs)]  # legs of one model share one set
+            end = End(f"{asked.param}[{number - at}]", names[number].model, legs[number].model, legs[at].to)
+            found[f"bridge.{at + number}"] = _open(ctx, ref, end).z
+        if asked.weights is not None:
+            found[f"bridge_weights.{at}"] = np.array(asked.weights, np.float64)
     return found
 
 
@@ -197,11 +214,11 @@ def _composing(ctx: Context) -> Generator[tuple[asyncio.Runner, Parts]]:
         batcher.stop()
 
 
-def _rows(sources: Strings, targets: Strings, start: int, found: Arrays, num_targets: int) -> pa.Table:
+def _rows(sources: Strings, targets: Strings, start: int, found: Arrays, log_prior: np.ndarray) -> pa.Table:
     index = found["index"]
     num, top_k = index.shape
     ratio = found["log_ratio"].astype(np.float64)
-    posterior = np.exp(ratio - math.log(num_targets) - found["log_normaliser"].astype(np.float64)[:, None])
+    posterior = np.exp(log_prior[index] + ratio - found["log_normaliser"].astype(np.float64)[:, None])
     at = np.repeat(np.arange(start, start + num), top_k)
     columns = {
         "source": np.repeat(np.array(sources.take(np.arange(start, start + num)).decoded(), object), top_k),

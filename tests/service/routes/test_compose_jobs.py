@@ -68,7 +68,7 @@ async def test_the_way_is_chosen_now_and_written_down(ready: Any) -> None:
         {"model": "a", "from": "state", "to": "text"},
         {"model": "a", "from": "text", "to": "code"},
     ]
-    assert (args["model"], args["top_k"]) == (None, 10)
+    assert (args["model"], args["method"], args["top_k"]) == (None, "auto", 10)  # the worker looks at the sum
     assert (await ready.get(f"{JOBS}?kind=compose")).json()["data"][0]["id"] == job["id"]
     with ready.service.database.engine.connect() as conn:
         read = set(conn.execute(sa.select(job_input.c.ref)).scalars())
@@ -93,6 +93,16 @@ async def test_the_way_is_chosen_now_and_written_down(ready: Any) -> None:
         ({"through": "image"}, 422, "through"),
         ({"through": {"embeddings": "emb_codes"}}, 422, "through.embeddings"),
         ({"top_k": 0}, 422, "top_k"),
+        ({"through": ["a caption"]}, 422, "through"),  # a job carries ids
+        ({"through": [{"through": None}, {"through": None}]}, 422, "through"),
+        ({"through": [{"through": {"embeddings": "emb_none"}}]}, 404, "through[0].through.embeddings"),
+        ({"through": [{"through": [{"embeddings": "emb_codes"}]}]}, 422, "through[0].through[0].embeddings"),
+        ({"through": [{"through": {"embeddings": "emb_texts"}, "weights": [1]}]}, 422, "through[0].weights"),
+        ({"through": {"embeddings": "emb_texts"}, "bridge_weights": [0, 0, 0]}, 422, "bridge_weights"),
+        ({"bridge_weights": [1, 2, 3]}, 422, "bridge_weights"),
+        ({"prior": [1, 2]}, 422, "prior"),
+        ({"prior": [0, 0, 0]}, 422, "prior"),
+        ({"prior": [1, 2, 3], "method": "direct"}, 422, "prior"),
     ],
 )  # fmt: skip
 async def test_a_job_that_cannot_work_is_refused_now(
@@ -118,6 +128,19 @@ async def test_what_a_job_needs_is_not_deleted_under_it(ready: Any) -> None:
     assert (await ready.post(JOBS, json=ASKED)).status_code == 404
     retried = await ready.post(f"{JOBS}/{job}/retry")  # found out when it is claimed, and said there
     assert retried.status_code in {200, 404}
+
+
+async def test_a_chain_names_a_bridge_for_each_joint_and_keeps_all_of_them(ready: Any) -> None:
+    legs = [{"model": "a", "from": a, "to": b} for a, b in (("state", "text"), ("text", "code"), ("code", "text"))]
+    joints = [{"through": {"embeddings": "emb_texts"}, "weights": [1, 2, 3]}, {"through": {"embeddings": "emb_codes"}}]
+    asked = {"kind": "compose", "source": SETS["source"], "target": {"embeddings": "emb_texts"}, "legs": legs}
+    created = await ready.post(JOBS, json=asked | {"through": joints, "prior": [0.5, 0, 2]})
+    assert created.status_code == 202, created.text
+    assert [joint["through"] for joint in created.json()["args"]["through"]] == [each["through"] for each in joints]
+    for name in ("emb_states", "emb_codes", "emb_texts"):
+        assert (await ready.client.delete(f"/v1/embedding-sets/{name}")).status_code == 409
+    refused = await ready.post(JOBS, json=asked | {"through": {"embeddings": "emb_texts"}})
+    assert refused.json()["error"]["code"] == "bridges"
 
 
 async def test_a_set_is_deleted_or_needed_and_never_both(ready: Any) -> None:

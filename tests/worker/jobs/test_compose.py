@@ -15,9 +15,12 @@ import torch
 from service.contract.errors import Cancelled, Invalid, Permanent
 from service.contract.jobs import ComposeArgs, EmbedArgs, Input
 from service.contract.vectors import Strings, write_index
+from worker.composition.chains import Bridge, Chain, balance
 from worker.composition.estimators import marginal
+from worker.composition.streaming import Link
 from worker.jobs import compose, embed
 from worker.learning.model import load_model
+from worker.serving import compose as serving
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
@@ -112,6 +115,91 @@ def test_samples_are_embedded_on_the_way_and_a_set_can_be_the_bridge(sets: Any, 
     target = {"dataset": "ds_codes", "modality": "codes"}
     result = compose.run(args_of(target=target, through={"embeddings": "emb_text"}), sets.context("job_samples"))
     check(sets, result, by_hand(sets, loaded, bridge=vectors(sets, "emb_text")))
+
+
+def test_a_chain_takes_a_bridge_for_each_joint_of_sets_or_banks(
+    sets: Any, loaded: Loaded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """imu -> text -> codes -> text; the scores between the bridges are balanced once, whatever the blocks."""
+    legs = [*LEGS, {"model": "model_a", "from": "codes", "to": "text"}]
+    often = np.random.default_rng(0).integers(1, 4, 400).tolist()
+    through = [
+        {"through": {"embeddings": "emb_text"}, "weights": often},
+        {"through": [{"embeddings": "emb_codes"}]},
+    ]
+    asked: list[int] = []
+    balancing = serving.balancing
+    monkeypatch.setattr(compose, "BLOCK", 150)
+    monkeypatch.setattr(serving, "balancing", lambda *args, **how: asked.append(1) or balancing(*args, **how))
+    args = args_of(legs=legs, target={"embeddings": "emb_text"}, through=through)
+    result = compose.run(args, sets.context("job_chain"))
+    assert asked == [1]
+    text, codes = vectors(sets, "emb_text"), vectors(sets, "emb_codes")
+    bridges = Bridge(text, text, torch.tensor(often).float()), Bridge(codes, codes)
+    scales = [float(loaded.model.scale(leg["from"], leg["to"])) for leg in legs]
+    links = [Link("cosine", scale) for scale in scales]
+    chain = Chain(links, bridges, (balance(links[1], *bridges),))
+    expected = chain.weigh(chain.masses(vectors(sets, "emb_imu")), text).log_ratio
+    table = pq.read_table(sets.store.local(result.artifact) / "matches.parquet").to_pydict()
+    index = torch.tensor(table["target_index"]).reshape(400, 5)
+    best = expected.topk(5, dim=1).values
+    np.testing.assert_allclose(expected.gather(1, index), best, atol=1e-3)
+    np.testing.assert_allclose(np.array(table["log_ratio"]).reshape(400, 5), best, atol=1e-3)
+    mixed = args_of(legs=legs, target={"embeddings": "emb_text"}, through=[through[0], {"through": None}])
+    assert compose.run(mixed, sets.context("job_mixed")).num_targets == 400
+
+
+def test_a_prior_weighs_the_targets(sets: Any, loaded: Loaded) -> None:
+    prior = np.random.default_rng(1).random(400)
+    prior[7] = 0
+    result = compose.run(args_of(prior=prior.tolist(), top_k=400), sets.context("job_prior"))
+    table = pq.read_table(sets.store.local(result.artifact) / "matches.parquet").to_pydict()
+    index = torch.tensor(table["target_index"]).reshape(400, 400)
+    found = torch.empty(400, 400, dtype=torch.float64)
+    found.scatter_(1, index, torch.tensor(table["posterior"], dtype=torch.float64).reshape(400, 400))
+    expected = (by_hand(sets, loaded) + torch.from_numpy(prior).log()).softmax(1)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    assert (index[:, -1] == 7).all()
+    samples = {"dataset": "ds_codes", "modality": "codes"}  # how many they are nobody knew before
+    with pytest.raises(Permanent, match="3 priors for 400 targets"):
+        compose.run(args_of(prior=[1, 2, 3], target=samples), sets.context("job_priors"))
+
+
+def test_what_the_legs_leave_open_the_first_sources_settle_for_all(sets: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compose, "BLOCK", 150)
+    result = compose.run(args_of(method="auto"), sets.context("job_open"))
+    summary = json.loads((sets.store.local(result.artifact) / "summary.json").read_text())
+    assert summary["method"] == "marginal"
+    assert "effective sample size" in summary["reason"]
+    asked: list[str] = []
+    monkeypatch.setattr(serving, "choose", lambda *_, **how: asked.append("x") or ("direct", "so it is said"))
+    result = compose.run(args_of(method="auto"), sets.context("job_compared"))
+    summary = json.loads((sets.store.local(result.artifact) / "summary.json").read_text())
+    assert (asked, summary["method"], summary["reason"]) == (["x"], "direct", "so it is said")
+    table = pq.read_table(sets.store.local(result.artifact) / "matches.parquet")
+    assert set(table["log_ratio"].to_pylist()) == {None}
+
+
+def test_comparing_vectors_needs_no_bridge(sets: Any) -> None:
+    for at, through in enumerate(({"embeddings": "emb_text"}, [{"through": {"embeddings": "emb_text"}}])):
+        legs = [{"model": "model_a", "from": "imu", "to": "text"}]
+        args = args_of(legs=legs, method="direct", target={"embeddings": "emb_text"}, through=through)
+        assert compose.run(args, sets.context(f"job_compare{at}")).num_targets == 400
+
+
+def test_a_vector_that_cannot_be_compared_is_named_before_anything_is_done(sets: Any) -> None:
+    z = vectors(sets, "emb_imu").numpy().copy()
+    z[300] = np.nan
+    folder = sets.root / "make-bad"
+    folder.mkdir()
+    np.save(folder / "vectors.npy", z)
+    write_index(folder, Strings.of(f"i{row}" for row in range(len(z))))
+    body = {"model_digest": sets.inputs["model_a"]["digest"], "modality": "imu"}
+    manifest = sets.store.publish(folder, "embeddings/emb_bad/1", kind="embeddings", id="emb_bad", body=body)
+    bad = Input(artifact="embeddings/emb_bad/1", digest=manifest.digest, id="emb_bad", kind="embeddings")
+    bench = replace(sets, inputs=sets.inputs | {"emb_imu": bad})
+    with pytest.raises(Invalid, match=r"source\[300\]"):
+        compose.run(args_of(), bench.context("job_bad"))
 
 
 def test_blocks_of_any_size_find_the_same(sets: Any, monkeypatch: pytest.MonkeyPatch) -> None:
