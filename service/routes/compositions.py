@@ -71,7 +71,8 @@ def _check(model: Model, from_: str, to: str) -> None:
     if not _bridges(model, from_, to):
         message = f"no modality was trained with both {from_} and {to}; trained: {model.described_pairs()}"
         raise Invalid(message, param="to", code="no_bridge")
-    if not _bridges_with_banks(model, from_, to):
+    is_compared = any(_regressed(model, each, from_, to) for each in _bridges(model, from_, to))
+    if not is_compared and not _bridges_with_banks(model, from_, to):
         raise Invalid(_no_bank(_bridges(model, from_, to)[0], from_, to), code="no_bank")
 
 
@@ -84,7 +85,14 @@ def _bridges_with_banks(model: Model, source: str, target: str) -> list[str]:
 
 
 def _has_banks(model: Model, through: str, source: str, target: str) -> bool:
-    return model.has_bank(source, through) and model.has_bank(through, target)
+    return all(model.has_bank(end, through) for end in (source, target)) and not _regressed(
+        model, through, source, target
+    )
+
+
+def _regressed(model: Model, through: str, source: str, target: str) -> list[str]:
+    """Return the ends that were trained with the bridge by regression: nothing can be summed over it."""
+    return [end for end in (source, target) if not model.gives_ratios(end, through)]
 
 
 async def _of_pair(service: Service, model: Model, source: str, target: str) -> list[ModelComposition]:
@@ -95,8 +103,12 @@ async def _of_pair(service: Service, model: Model, source: str, target: str) -> 
 
     def entry(through: str | None) -> ModelComposition:
         known = None if through is None else found.get(through)
+        method = None if known is None else known.method
         if through is None:
             reason = "no modality was trained with both"
+        elif ends := _regressed(model, through, source, target):
+            method = "direct"
+            reason = f"{' and '.join(ends)} learned {through} by regression, which gives no ratios to sum"
         else:
             reason = _no_bank(through, source, target) if known is None else known.reason
         fields = {
@@ -104,7 +116,7 @@ async def _of_pair(service: Service, model: Model, source: str, target: str) -> 
             "to": target,
             "through": through,
             "critic": model.critic,
-            "method": None if known is None else known.method,
+            "method": method,
             "reason": reason,
             "diagnostics": known,
         }

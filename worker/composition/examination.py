@@ -31,8 +31,10 @@ if TYPE_CHECKING:
 
 SCORES: Final = 1 << 22  # of a matrix
 MAX_PROBES: Final = 256
-FEWEST_PROBES: Final = 4
+FEWEST_PROBES: Final = 32  # a rank correlation over fewer says nothing
 MAX_SOURCES: Final = 64
+FEWEST_SOURCES: Final = 4
+TARGETS_AT_ONCE: Final = 8  # at least: what is the same for all targets is done again for each block of them
 MAX_ITEMS: Final = 8192  # of a leg, where its offsets are measured
 STEADY: Final = 0.3  # nats
 UNSTEADY: Final = 1.0
@@ -51,7 +53,7 @@ class Leg:
 
 
 def bridges(model: Loaded, source: str, target: str) -> Iterator[tuple[str, Leg, Leg]]:
-    """Yield each modality that was trained with both and whose banks the model keeps, with both legs."""
+    """Yield each modality that was trained with both, by losses that give ratios, and whose banks the model keeps."""
     for through in sorted(model.recipe.towers):
         found = [_leg(model, model.banks, end, through) for end in (source, target)]
         if found[0] is not None and found[1] is not None:
@@ -59,13 +61,13 @@ def bridges(model: Loaded, source: str, target: str) -> Iterator[tuple[str, Leg,
 
 
 def _leg(model: Loaded, banks: Mapping[str, Bank], end: str, through: str) -> Leg | None:
-    if not model.model.is_trained(end, through):
+    if not model.model.gives_ratios(end, through):
         return None
     bank = banks.get(pair_name(end, through))
     if bank is None or not {end, through} <= bank.vectors.keys():
         return None
-    z = [critics.prepare(model.recipe.critic, bank.vectors[modality].float()) for modality in (end, through)]
-    return Leg(end, float(model.model.scale(end, through)), z[0], z[1])
+    scale = float(model.model.scale(end, through))
+    return Leg(end, scale, bank.vectors[end], bank.vectors[through])  # which the model encoded: they are prepared
 
 
 def cost(num_items: int, dim: int) -> int:
@@ -78,11 +80,12 @@ def examine(critic: Critic, first: Leg, second: Leg, *, seed: int = 0) -> PairDi
     generator = torch.Generator().manual_seed(seed)
     (probes, rest), (others, remaining) = (_split(len(leg.z_end), generator) for leg in (first, second))
     bridge = torch.cat([first.z_bridge[rest], second.z_bridge[remaining]])
-    unit = critics.prepare("cosine", bridge)
     chosen = torch.randperm(len(bridge), generator=generator)[: sphere.MAX_ITEMS].to(bridge.device)
-    on_sphere = sphere.measure(unit[chosen], seed)
-    found = _sum(critic, (first, second), bridge, first.z_end[probes[:MAX_SOURCES]], second.z_end[others])
-    length = float(unit.mean(0, dtype=torch.float64).norm())
+    seen = bridge[chosen]
+    on_sphere = sphere.measure(seen, seed)
+    sources = probes[: min(MAX_SOURCES, max(FEWEST_SOURCES, SCORES // len(bridge)))]
+    found = _sum(critic, (first, second), bridge, first.z_end[sources], second.z_end[others])
+    length = float(bridge.mean(0, dtype=torch.float64).norm()) if critic == "cosine" else on_sphere.resultant
     method, reason = choose(
         critic,
         comparable=True,
@@ -97,7 +100,7 @@ def examine(critic: Critic, first: Leg, second: Leg, *, seed: int = 0) -> PairDi
         first=_measure_leg(critic, first, probes, rest),
         second=_measure_leg(critic, second, others, remaining),
         sphere=None if critic == "squared_distance" else on_sphere,
-        normal=None if critic == "cosine" or bool((bridge == bridge[0]).all()) else normal.measure(bridge[chosen]),
+        normal=None if critic == "cosine" or bool((seen == seen[0]).all()) else normal.measure(seen),
         sum=found,
     )
 
@@ -151,7 +154,7 @@ def _sum(
 ) -> SumFigures:
     f_source = legs[0].scale * critics.scores(critic, z_source, bridge)
     parts: list[Marginal] = []
-    for z in z_target.split(max(1, SCORES // len(bridge))):
+    for z in z_target.split(max(TARGETS_AT_ONCE, SCORES // len(bridge))):
         f_target = legs[1].scale * critics.scores(critic, bridge, z)
         parts.append(marginal(f_source, f_target, normalise=True, precise=False))
     summed = torch.cat([part.log_ratio for part in parts], 1)

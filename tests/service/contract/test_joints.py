@@ -25,13 +25,19 @@ def test_two_legs_have_one_joint_whichever_way_it_is_said(through: Any) -> None:
         assert (found.param, found.weights_param) == ("through[0].through", "through[0].weights")
 
 
-def test_a_bridge_is_of_banks_or_of_sets_or_of_items() -> None:
-    banks, sets, items = [None, "text"], [SET, [SET, SET]], [["a caption"]]
-    assert [asked.is_bank for each in (*banks, *sets, *items) for asked in joints_of(each, None, 1)] == [
-        *(True, True),
-        *(False, False, False),
-    ]
-    assert [asked.sets for each in (*sets, *items) for asked in joints_of(each, None, 1)] == [[SET], [SET, SET], []]
+@pytest.mark.parametrize(
+    ("through", "is_bank", "sets"),
+    [
+        (None, True, []),
+        ("text", True, []),
+        (SET, False, [SET]),
+        ([SET, SET], False, [SET, SET]),
+        (["a caption"], False, []),
+    ],
+)
+def test_a_bridge_is_of_banks_or_of_sets_or_of_items(through: Any, is_bank: bool, sets: list[EmbeddingSetRef]) -> None:
+    (asked,) = joints_of(through, None, 1)
+    assert (asked.is_bank, asked.sets) == (is_bank, sets)
 
 
 def test_more_legs_have_banks_or_as_many_joints() -> None:
@@ -39,12 +45,13 @@ def test_more_legs_have_banks_or_as_many_joints() -> None:
     joints = [Joint(through="text"), Joint(through=["a"])]
     assert [asked.through for asked in joints_of(joints, None, 2)] == ["text", ["a"]]
     assert joints_of(None, None, 0) == joints_of("text", None, 0) == []
-    for through, weights, num, param in (
+    wrong: list[tuple[Any, list[float] | None, int, str]] = [
         (joints, None, 3, "through"),
         ("text", None, 2, "through"),
         (None, [1.0], 2, "bridge_weights"),
         (joints, [1.0], 2, "bridge_weights"),
-    ):
+    ]
+    for through, weights, num, param in wrong:
         with pytest.raises(Invalid) as refused:
             joints_of(through, weights, num)
         assert refused.value.param == param

@@ -35,6 +35,7 @@ def served(
         "none": publish_model(store, "models/model_none/1", seed=3, keep="none"),
         "dot": publish_model(store, "models/model_dot/1", seed=1, loss=dot),
         "distance": publish_model(store, "models/model_distance/1", seed=1, loss=dot | {"critic": "squared_distance"}),
+        "square": publish_model(store, "models/model_square/1", seed=6, loss={"kind": "square"}),
     }
     endpoint = f"unix:{folder / 's'}"
     with run_inference(folder / "store", endpoint):
@@ -117,6 +118,32 @@ async def test_without_banks_a_list_says_what_would_help_and_a_pair_is_refused(a
     response = await api.get("/v1/models/none/composition?from=code&to=image")
     assert response.status_code == 422
     assert response.json()["error"]["code"] == "no_bank"
+
+
+async def test_what_was_trained_by_regression_is_compared_and_never_summed(api: Any) -> None:
+    """The list, a pair by name, and what compose does where the method is left open, say the same."""
+    found = await ask(api, "square")
+    assert len(found) == 6
+    assert found[1] in await ask(api, "square", f"?from={found[1].from_}&to={found[1].to}")
+    for each in found:
+        assert (each.through, each.method, each.diagnostics) == ("text", "direct", None)
+        assert "regression" in each.reason
+    question = {
+        "model": "square",
+        "source": [{"modality": "code", "tokens": [3, 4]}],
+        "target": [{"modality": "state", "tokens": [[0.1, 1.0, 2.0]]}, {"modality": "state", "tokens": [[1, 0, 2]]}],
+    }
+    answer = await api.post("/v1/compose", json=question)
+    assert answer.status_code == 200, answer.text
+    diagnostics = answer.json()["data"][0]["diagnostics"]
+    assert diagnostics["method"] == "direct"
+    assert "regression" in diagnostics["reason"]
+    for method in ("marginal", "analytic"):
+        refused = await api.post("/v1/compose", json=question | {"method": method})
+        assert (refused.status_code, refused.json()["error"]["code"]) == (422, "no_ratio")
+    legs = [{"model": "square", "from": "code", "to": "text"}, {"model": "cosine", "from": "text", "to": "state"}]
+    apart = await api.post("/v1/compose", json=question | {"model": None, "legs": legs})
+    assert (apart.status_code, apart.json()["error"]["param"]) == (422, "legs")
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.nn import functional
 
+from worker.composition import examination
 from worker.composition.examination import Leg, examine, judge_agreement, judge_offsets, offset_deviation
 
 
@@ -71,3 +72,19 @@ def test_the_smallest_bank_can_be_looked_at() -> None:
     assert found.bridge_size == 24
     assert found.sphere is None
     assert found.normal is not None
+
+
+def test_of_large_banks_fewer_items_are_held_against_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Enough of them for figures that mean something, and no larger matrix."""
+    largest: list[int] = []
+    summed = examination.marginal
+    monkeypatch.setattr(examination, "SCORES", 1 << 12)
+    monkeypatch.setattr(
+        examination,
+        "marginal",
+        lambda f, g, **how: largest.append(max(f.numel(), g.numel())) or summed(f, g, **how),
+    )
+    found = examine("cosine", leg("a", 2.0, 0), leg("c", 2.0, 10))
+    assert (found.sum.num_sources, found.sum.num_targets, found.bridge_size) == (4, 32, 2336)
+    assert max(largest) == 8 * 2336
+    assert found.sum.rank_correlation == pytest.approx(1.0, abs=0.05)
