@@ -32,9 +32,7 @@ class Asked:
         return [each for each in given if isinstance(each, EmbeddingSetRef)]
 
 
-def joints_of(
-    through: Through | Sequence[Joint] | Sequence[SetJoint], weights: list[float] | None, num: int
-) -> list[Asked]:
+def joints_of(through: Through | Sequence[Joint | SetJoint], weights: list[float] | None, num: int) -> list[Asked]:
     """Return what is asked for at each of `num` joints.
 
     Raises Invalid for bridges that are not as many, and for weights that could be those of several.

@@ -209,6 +209,10 @@ class Composer:
                 best = yield from self._rank(len(z_source), lambda z_target: direct(critic, z_source, z_target))
                 return Found(best, is_ratio=False)
             case Closed() as way:
+                if self._health.apart is None:
+                    few = self._targets(ways.spread(len(self._target), ways.PROBED_TARGETS, self.device))
+                    apart = ways.apart_from_sum(way, z_source, few)
+                    self._health = replace(self._health, apart=apart)
                 best = yield from self._rank(
                     len(z_source), lambda z_target: ways.in_closed_form(way, z_source, z_target)
                 )
@@ -247,8 +251,7 @@ class Composer:
             found = yield from carry(chain.leave(at - 1, masses[-1]), chain.bridges[at].left, width=self._sizes.carried)
             masses.append(chain.arrive(at, found))
         num_targets = len(self._target)
-        columns = torch.linspace(0, num_targets - 1, self._sizes.probe, dtype=torch.float64, device=self.device)
-        columns = columns.round().long()
+        columns = ways.spread(num_targets, self._sizes.probe, self.device)
         kept = yield from self._columns(chain, columns)
         seen = None if kept is None else (yield from self._look_up(kept, masses[-1]))
         if seen is None:
@@ -390,7 +393,7 @@ class Composer:
     def _targets(self, chosen: slice | Int64[Tensor, " target"]) -> Float[Tensor, "target d2"]:
         """Return some targets, prepared; a few stay on the device, many are read where they lie."""
         _, critic = ways.critics_of(self.way)
-        if self._target.size > MAX_KEPT_VALUES:
+        if self._target.size > MAX_KEPT_VALUES or self._sizes.added:
             at = chosen if isinstance(chosen, slice) else chosen.cpu().numpy()
             return self._on_device(critic, self._target[at])
         if self._z_target is None:

@@ -7,22 +7,27 @@ from typing import TYPE_CHECKING, Final, assert_never, final
 
 import torch
 
+from worker.composition.chains import Bridge, Chain
 from worker.composition.choice import CONCENTRATED
 from worker.composition.closed_forms import Normal, gaussian, sphere
+from worker.composition.estimators import TRUSTED_SAMPLE_SIZE
+from worker.composition.streaming import Link
 from worker.learning import critics
 
 if TYPE_CHECKING:
-    from jaxtyping import Float
+    from jaxtyping import Float, Int64
     from torch import Tensor
 
     from service.contract.losses import Critic
     from service.contract.wire import Method
-    from worker.composition.chains import Bridge, Chain
 
 EVEN: Final = 0.1  # length of the mean bridge vector up to which the closed form's values, not only its order, hold
 NORMAL: Final = 0.5  # excess kurtosis along the axes up to which a bridge passes for normal
 BIASED: Final = 0.1  # nats
 UNBALANCED: Final = 0.1  # nats
+PROBED: Final = 1 << 14  # bridge items over which a closed form is held against the sum
+PROBED_SOURCES: Final = 16
+PROBED_TARGETS: Final = 64
 FEW_SHARES: Final = 0.1  # of a bridge: effective number of its items by their weights alone
 
 
@@ -81,6 +86,7 @@ class Health:
     num_shares: float | None = None  # effective part of a bridge by its weights alone, the smallest
     deviation: float = 0.0
     bias: float | None = None  # median of the matches
+    apart: float | None = None  # nats between a closed form and the sum, beyond the error of that
     num_doubtful: int = 0  # sources whose own sample size is too small
     trusted: bool = False
 
@@ -154,8 +160,41 @@ def look_at(way: Way) -> Health:
     return Health(resultant=max(resultants, default=None), kurtosis=kurtosis, num_shares=min(shares, default=None))
 
 
+def spread(num: int, most: int, device: torch.device) -> Int64[Tensor, " row"]:
+    """Return some rows of many, evenly spread."""
+    return torch.linspace(0, num - 1, min(num, most), dtype=torch.float64, device=device).round().long()
+
+
+def apart_from_sum(
+    way: Closed, z_source: Float[Tensor, "source dim"], z_target: Float[Tensor, "target dim"]
+) -> float | None:
+    """Hold the closed form against the sum over the bridge for a few sources and targets.
+
+    Return the median difference, less two standard errors, nats; None if there is no bridge, or if it does not carry
+    the sum.
+    """
+    if way.bridge is None:
+        return None
+    rows = spread(len(way.bridge.left), PROBED, z_source.device)
+    weights = None if way.bridge.weights is None else way.bridge.weights[rows]
+    if weights is not None and not bool(weights.any()):
+        return None
+    bridge = Bridge(way.bridge.left[rows], way.bridge.right[rows], weights)
+    chain = Chain([Link(way.critic, scale) for scale in way.scales], [bridge])
+    few = z_source[:PROBED_SOURCES]
+    seen = chain.weigh(chain.masses(few), z_target)
+    if float(seen.effective_sample_size.median()) < TRUSTED_SAMPLE_SIZE:
+        return None
+    difference = (in_closed_form(way, few, z_target) - seen.log_ratio).abs()
+    return max(0.0, float(difference.median()) - 2 * float(seen.standard_error.median()))
+
+
 def is_closed_form_trusted(way: Closed, health: Health) -> bool:
-    """Tell whether the bridge has the shape that the closed form takes for granted."""
+    """Tell whether the bridge has the shape that the closed form takes for granted, and sums over it agree."""
+    return _has_its_shape(way, health) and (health.apart is None or health.apart <= BIASED)
+
+
+def _has_its_shape(way: Closed, health: Health) -> bool:
     if way.normal is None:
         return health.resultant is not None and health.resultant <= EVEN
     return health.kurtosis is not None and abs(health.kurtosis) <= NORMAL
@@ -212,6 +251,8 @@ def _warnings_of_sum(health: Health, *, num_bridges: int) -> list[str]:
 def _warnings_of_closed_form(way: Closed, health: Health) -> list[str]:
     if health.trusted:
         return []
+    if health.apart is not None and _has_its_shape(way, health):
+        return [f"sums over the bridge differ from the closed form by about {health.apart:.2f} nats: use marginal"]
     if way.normal is not None:
         value = "unknown" if health.kurtosis is None else f"{health.kurtosis:.1f}"
         return [f"the bridge is not normal (excess kurtosis {value}): trust the order, not the numbers"]

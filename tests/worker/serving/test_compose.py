@@ -276,6 +276,23 @@ def test_a_closed_form_is_trusted_where_the_bridge_has_its_shape() -> None:
     assert "not normal" in ask_for(normal**3, "squared_distance")["warnings"][0]
 
 
+def test_a_closed_form_is_held_against_the_sum_where_the_bridge_carries_it() -> None:
+    """A bridge on one axis has no mean direction, and is as far from even as can be."""
+    line = torch.zeros(2000, 6)
+    line[::2, 0], line[1::2, 0] = 1.0, -1.0
+    document, _ = composer(Closed("cosine", (3.0, 3.0), Bridge(line, line), None)).answer_at_once()
+    assert document["bridge_resultant"] == pytest.approx(0, abs=1e-6)
+    assert not document["value_trusted"]
+    assert "sums over the bridge differ from the closed form" in document["warnings"][0]
+    few = torch.from_numpy(unit(3, 6, 3))  # which carry nothing: the shape alone is judged
+    way = Closed("cosine", (30.0, 30.0), Bridge(few, few), None)
+    assert ways.apart_from_sum(way, torch.from_numpy(unit(5, 6, 0)), torch.from_numpy(unit(40, 6, 1))) is None
+    even = torch.from_numpy(unit(3000, 6, 3))
+    weighed = Bridge(even, even, torch.rand(3000, generator=torch.Generator().manual_seed(0)))
+    document, _ = composer(Closed("cosine", (3.0, 2.0), weighed, None)).answer_at_once()
+    assert document["value_trusted"]
+
+
 @pytest.mark.parametrize("top_k", [1, 3, 100])
 def test_one_target_one_bridge_item_and_more_asked_for_than_there_are(top_k: int) -> None:
     document, arrays = composer(summed(1), targets=1, top_k=top_k).answer_at_once()
