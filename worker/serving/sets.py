@@ -10,6 +10,7 @@ import numpy as np
 
 from service.contract.errors import Invalid, Permanent, Unavailable
 from service.contract.vectors import PARQUET, Strings, Vectors
+from worker.serving.recent import Recent
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from service.contract.wire import SetRef
 
 KNOWN: Final = 4096
+OPEN_BYTES: Final = 64 << 20  # of sets that stay open: their files take space as long, also when they were deleted
 CHECKED_BYTES: Final = 8 << 20  # looked at in one go: what that takes is a few times as much
 
 
@@ -32,13 +34,18 @@ class Sets:
     def __init__(self, store: Store) -> None:
         self._store = store
         self._sound: OrderedDict[tuple[str, Critic], None] = OrderedDict()
+        self._open_still: Recent[Vectors] = Recent(OPEN_BYTES)
 
     async def open(self, refs: Mapping[str, SetRef]) -> dict[str, Vectors]:
         """Map the sets of a call; a set is open until nobody holds it, also after somebody has deleted it.
 
-        Raises NotFound for one that is gone, Unavailable for one that is damaged.
+        Small ones stay open for the next call. Raises NotFound for one that is gone, Unavailable for one that is
+        damaged.
         """
-        return {name: await asyncio.to_thread(self._open, ref) for name, ref in refs.items()}
+        return {
+            name: self._open_still.get(ref.artifact) or await asyncio.to_thread(self._open, ref)
+            for name, ref in refs.items()
+        }
 
     async def check(self, ref: SetRef, vectors: Float32[np.ndarray, "row dim"], critic: Critic, *, param: str) -> None:
         """Raise Invalid for the first vector that the critic cannot compare."""
@@ -51,9 +58,11 @@ class Sets:
 
     def _open(self, ref: SetRef) -> Vectors:
         try:
-            return open_vectors(self._store.local(ref.artifact))
+            found = open_vectors(self._store.local(ref.artifact))
         except Permanent as error:
             raise Unavailable(error.message, code=error.code) from error
+        self._open_still.put(ref.artifact, found, found.z.nbytes)
+        return found
 
 
 def open_vectors(folder: Path) -> Vectors:

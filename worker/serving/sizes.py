@@ -71,10 +71,12 @@ class Sizes:
         if keeps and known is not None:
             added = _width(largest * dim, max(1, BLOCK_VALUES // largest))
             taken = _width(largest * sources, max(1, BLOCK_VALUES // sources))
-            # The other steps are for sums that the columns cannot hold; most of the time nothing is left to do in them.
+            # Should float32 not hold a sum, the whole is done without columns, in a long last step: they are few.
             is_here = known.columns is not None
-            steps += math.ceil(num / taken) + (0 if is_here else math.ceil(num / added))
-            products = num * largest * (sources if is_here else dim) + winners * per_weighed
+            steps = math.ceil(num / taken) + math.ceil(winners / weighed)
+            products = num * largest * sources + winners * per_weighed
+            if not is_here:
+                steps, products = steps + math.ceil(num / added), products + num * largest * dim
         steps, products = steps * chunks, products * chunks
         if is_sum and len(way.chain.offsets) < len(bridges) - 1:
             steps += sum(ROUNDS * math.ceil(each / carried) for pair in pairwise(bridges) for each in pair)
