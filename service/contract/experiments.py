@@ -170,7 +170,7 @@ EXPERIMENTS: Final[dict[ExperimentName, Experiment]] = {
             paper="unpaired",
             place="the Monte Carlo estimator of section 4",
             claim="The effective sample size of a sum tells whether its value and its error bar can be believed.",
-            duration_s=30,
+            duration_s=40,
         ),
         Experiment(
             name="gaussian-table",
@@ -178,7 +178,7 @@ EXPERIMENTS: Final[dict[ExperimentName, Experiment]] = {
             place="section 6.1, the synthetic table of the later code",
             claim="With 100,000 bridge items sums come near Bayes, with exact ratios as with learned critics of shared "
             "or separate models.",
-            duration_s=120,
+            duration_s=150,
         ),
     )
 }

@@ -17,7 +17,7 @@ _MEANING: Final[Mapping[Verdict, str]] = {
     "fails": "a bar was missed",
     "reported": "nothing was asserted",
 }
-_TONES: Final[Mapping[Verdict, Tone]] = {"holds": "good", "fails": "bad", "reported": "note"}
+_TONES: Final[Mapping[str, Tone]] = {"holds": "good", "fails": "bad", "reported": "note"}
 _INTERVALS: Final = (
     "Measured: the mean over the seeds. 95 %: the interval of that mean, by Student's t. In plots lines are means and "
     "bands the range over the seeds. report.json holds every number."
