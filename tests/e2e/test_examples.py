@@ -19,7 +19,8 @@ from service.contract.recipe import Recipe
 from tests.e2e.conftest import DIGITS, picture, sound
 
 ROOT = Path(__file__).resolve().parents[2]
-EXAMPLE = ROOT / "docs" / "examples" / "spoken-digits"
+TOGETHER = ROOT / "docs" / "examples" / "spoken-digits"
+APART = ROOT / "docs" / "examples" / "separate-models"
 REAL_DATA = "ISTHMUS_SPOKEN_DIGITS"  # names the folder of the real recordings and images
 SPEAKERS = ("ann", "bob", "eve", "ida")
 
@@ -63,9 +64,9 @@ def shrink(recipe: dict[str, Any]) -> dict[str, Any]:
     return recipe | {"towers": towers, "budget": budget, "dimensions": 8, "bank": {"size": 16}}
 
 
-def run(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
+def run(example: Path, *arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, EXAMPLE / "run.py", *arguments],
+        [sys.executable, example / "run.py", *arguments],
         env=os.environ | {"PYTHONPATH": str(ROOT)} | environment,
         capture_output=True,
         text=True,
@@ -73,12 +74,12 @@ def run(*arguments: str | Path, **environment: str) -> subprocess.CompletedProce
     )
 
 
-def recipe_of_the_example() -> dict[str, Any]:
-    return json.loads((EXAMPLE / "recipe.json").read_text(encoding="utf-8"))
+def read_recipe(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def test_the_recipe_never_joins_images_with_recordings() -> None:
-    recipe = recipe_of_the_example()
+    recipe = read_recipe(TOGETHER / "recipe.json")
     for pair in recipe["pairs"]:
         pair["dataset"] = f"ds_{pair['dataset'].split('-')[0]}"
     assert sorted(sorted(pair.modalities) for pair in Recipe.model_validate(recipe).pairs) == [
@@ -88,10 +89,10 @@ def test_the_recipe_never_joins_images_with_recordings() -> None:
 
 
 def test_the_example_starts_a_service_of_its_own_and_measures_both_runs(digits: Path, tmp_path: Path) -> None:
-    (tmp_path / "recipe.json").write_text(json.dumps(shrink(recipe_of_the_example())))
+    (tmp_path / "recipe.json").write_text(json.dumps(shrink(read_recipe(TOGETHER / "recipe.json"))))
     (tmp_path / "scratch").mkdir()
     wanted = ["--recipe", tmp_path / "recipe.json", "--speaker", "bob", "--out", tmp_path / "found.json"]
-    done = run(digits, *wanted, TMPDIR=str(tmp_path / "scratch"))
+    done = run(TOGETHER, digits, *wanted, TMPDIR=str(tmp_path / "scratch"))
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads((tmp_path / "found.json").read_text())
     assert list(found) == ["spoken-digits", "spoken-digits-without-bob"]
@@ -115,27 +116,75 @@ def test_a_running_service_is_used_and_says_what_is_wrong_with_the_speaker(
     serve: Any, digits: Path, tmp_path: Path
 ) -> None:
     with serve(tmp_path / "data") as running:
-        done = run(digits, "--url", running.url, "--speaker", "nobody")
+        done = run(TOGETHER, digits, "--url", running.url, "--speaker", "nobody")
         assert len(running.get("/v1/datasets")["data"]) == 3
         assert not [job for job in running.get("/v1/jobs")["data"] if job["kind"] == "train"]
     assert done.returncode == 1
     assert "no good sample has 'nobody' as its 'speaker'; some have 'ann', 'bob', 'eve', 'ida'" in done.stderr
 
 
-def test_a_folder_without_the_tars_is_refused_before_anything_starts(tmp_path: Path) -> None:
-    done = run(tmp_path)
+@pytest.mark.parametrize("example", [TOGETHER, APART], ids=["together", "apart"])
+def test_a_folder_without_the_tars_is_refused_before_anything_starts(tmp_path: Path, example: Path) -> None:
+    done = run(example, tmp_path)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == f"run.py: {tmp_path} has no image-text-train.tar\n"
+
+
+def test_no_data_set_is_learned_from_by_both_models() -> None:
+    recipes = [read_recipe(APART / f"{name}.json") for name in ("pictures", "sounds")]
+    assert [sorted(recipe["towers"]) for recipe in recipes] == [["image", "text"], ["audio", "text"]]
+    datasets = [{pair["dataset"] for pair in recipe["pairs"]} for recipe in recipes]
+    assert datasets == [{"image-text-train"}, {"audio-text-train"}]
+    for recipe in recipes:
+        recipe["pairs"] = [pair | {"dataset": "ds_1"} for pair in recipe["pairs"]]
+        Recipe.model_validate(recipe)
+
+
+def test_models_that_were_trained_apart_are_refused_direct_and_composed(
+    serve: Any, digits: Path, tmp_path: Path
+) -> None:
+    for name in ("pictures", "sounds"):
+        (tmp_path / f"{name}.json").write_text(json.dumps(shrink(read_recipe(APART / f"{name}.json"))))
+    with serve(tmp_path / "data") as running:
+        wanted = ["--url", running.url, "--recipes", tmp_path, "--out", tmp_path / "found.json"]
+        done = run(APART, digits, *wanted)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "422 encoders_differ: the two models encode 'text' differently" in done.stdout
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["refused"] == "encoders_differ"
+    assert found["answer"]["diagnostics"]["bridge_size"] == 30
+    assert found["ways"].keys() == {"recording -> images", "image -> recordings"}
+    for rows in found["ways"].values():
+        assert list(rows) == ["chance", "cosine", "banks", "sets", "list"]
+        assert rows["chance"]["precision"] == pytest.approx(1 / 6)
+        assert all(0 <= row["precision"] <= 1 for row in rows.values())
+        # A posterior adds up to 1, so what is said of the likeliest of six digits is a sixth at least.
+        assert all(1 / 6 - 1e-6 <= rows[name]["confidence"] <= 1 for name in ("banks", "sets"))
+        assert 1 <= rows["list"]["effective_sample_size"] <= 30
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.skipif(REAL_DATA not in os.environ, reason=f"{REAL_DATA} does not name a folder")
 def test_real_images_and_recordings_are_learned_to_every_bar(tmp_path: Path) -> None:
-    done = run(os.environ[REAL_DATA], "--out", tmp_path / "found.json")
+    done = run(TOGETHER, os.environ[REAL_DATA], "--out", tmp_path / "found.json")
     assert done.returncode == 0, done.stdout + done.stderr
     together, without = json.loads((tmp_path / "found.json").read_text()).values()
     assert together["figures"]["images named"]["zero-shot"] >= 0.97
     assert together["figures"]["recordings named"]["zero-shot"] >= 0.97
     assert min(together["figures"]["recording -> images"].values()) >= 0.96
     assert without["figures"]["images named"]["zero-shot"] >= 0.97
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.skipif(REAL_DATA not in os.environ, reason=f"{REAL_DATA} does not name a folder")
+def test_models_of_real_images_and_of_recordings_compose_though_they_never_met(serve: Any, tmp_path: Path) -> None:
+    with serve(tmp_path / "data") as running:
+        done = run(APART, os.environ[REAL_DATA], "--url", running.url, "--out", tmp_path / "found.json")
+    assert done.returncode == 0, done.stdout + done.stderr
+    for rows in json.loads((tmp_path / "found.json").read_text())["ways"].values():
+        assert min(rows[name]["precision"] for name in ("banks", "sets", "list")) >= 0.9
+        assert rows["banks"]["value_trusted"]
+        assert rows["sets"]["value_trusted"]
+        assert rows["cosine"]["precision"] <= rows["chance"]["precision"] + 3 * rows["cosine"]["standard_error"]
