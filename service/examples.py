@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 from typing import Any, Final
 
 from service.contract.diagnostics import ModelComposition, ModelCompositionList
-from service.contract.items import AudioItem, ImageItem
+from service.contract.items import AudioItem, ImageItem, SumItem, SumPart
 from service.contract.jobs import IngestArgs, TrainArgs
 from service.contract.modality import ImageTokens, TextTokens
 from service.contract.operations import (
@@ -21,6 +21,8 @@ from service.contract.operations import (
     EmbeddingSetRef,
     EmbeddingsRequest,
     EmbeddingsResponse,
+    Joint,
+    Leg,
     Match,
     Prediction,
     TokenizeRequest,
@@ -165,6 +167,8 @@ _set = EmbeddingSet(
     job_id=_EMBED,
     model=_MODEL,
     model_digest=_SHA256,
+    dataset=_DATASET,
+    split="holdout",
     modality="image",
     num_vectors=145,
     dimensions=64,
@@ -230,7 +234,7 @@ def _files(*paths: str) -> FileList:
     return FileList(data=[File(id=path, num_bytes=1024, sha256=_SHA256) for path in paths], has_more=False)
 
 
-REQUESTS: Final[dict[str, Word]] = {
+REQUESTS: Final[dict[str, Word | dict[str, Word]]] = {
     "create_key": CreateKey(name="notebook", scopes=["read", "infer"], requests_per_minute=600),
     "update_model": UpdateModel(aliases=["digits", "production"]),
     "create_embeddings": EmbeddingsRequest(model="digits", input=["a handwritten seven", ImageItem(image=_PNG)]),
@@ -238,11 +242,48 @@ REQUESTS: Final[dict[str, Word]] = {
     "classify": ClassifyRequest(
         model="digits", input=[ImageItem(image=_PNG)], labels=["six", "seven"], templates=["a handwritten {}"]
     ),
-    "compose": ComposeRequest(
-        model="digits", source=[AudioItem(audio=_WAV)], target=EmbeddingSetRef(embeddings=_SET), top_k=1
-    ),
+    "compose": {
+        "a sound, and the pictures of an embedding set": ComposeRequest(
+            model="digits", source=[AudioItem(audio=_WAV)], target=EmbeddingSetRef(embeddings=_SET), top_k=1
+        ),
+        "a weighted sum of a sound and a caption": ComposeRequest(
+            model="digits",
+            source=[
+                SumItem(
+                    sum=[
+                        SumPart(item=AudioItem(audio=_WAV), weight=0.7),
+                        SumPart(item="a handwritten seven", weight=0.3),
+                    ],
+                    modality="audio",
+                )
+            ],
+            target=EmbeddingSetRef(embeddings=_SET),
+            top_k=1,
+        ),
+        "two models that were trained apart, over captions of which some are rare": ComposeRequest(
+            legs=[
+                Leg.model_validate({"model": "sounds", "from": "audio", "to": "text"}),
+                Leg.model_validate({"model": "pictures", "from": "text", "to": "image"}),
+            ],
+            source=[AudioItem(audio=_WAV)],
+            target=[ImageItem(image=_PNG)],
+            through=["a seven", "a six", "a spoken digit"],
+            bridge_weights=[5, 3, 1],
+            prior=[1],
+        ),
+        "a chain of three legs, with a bridge for each joint": ComposeRequest(
+            legs=[
+                Leg.model_validate({"model": "sounds", "from": "audio", "to": "text"}),
+                Leg.model_validate({"model": "pictures", "from": "text", "to": "image"}),
+                Leg.model_validate({"model": "depths", "from": "image", "to": "depth"}),
+            ],
+            source=[AudioItem(audio=_WAV)],
+            target=EmbeddingSetRef(embeddings=_SET),
+            through=[Joint(through=["a seven", "a six"], weights=[5, 3]), Joint(through=None)],
+        ),
+    },
 }
-"""By operation; those of jobs and data sets stand with their routes."""
+"""By operation, one or several by name; those of jobs and data sets stand with their routes."""
 
 RESPONSES: Final[dict[str, Word]] = {
     "get_health": Health(),
@@ -354,9 +395,16 @@ def add_examples(paths: dict[str, Any]) -> None:
     """Put the examples into the operations of an OpenAPI document."""
     for operation in (operation for methods in paths.values() for operation in methods.values()):
         name = operation["operationId"]
-        if name in REQUESTS:
-            example = REQUESTS[name].model_dump(mode="json", by_alias=True, exclude_unset=True)
-            operation["requestBody"]["content"]["application/json"]["example"] = example
+        if (request := REQUESTS.get(name)) is not None:
+            content = operation["requestBody"]["content"]["application/json"]
+            if isinstance(request, dict):
+                content["examples"] = {about: {"value": _written(each)} for about, each in request.items()}
+            else:
+                content["example"] = _written(request)
         if name in RESPONSES:
             (answer,) = (answer for status, answer in operation["responses"].items() if status in {"200", "201", "202"})
             answer["content"]["application/json"]["example"] = RESPONSES[name].model_dump(mode="json", by_alias=True)
+
+
+def _written(request: Word) -> dict[str, Any]:
+    return request.model_dump(mode="json", by_alias=True, exclude_unset=True)

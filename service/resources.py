@@ -211,6 +211,8 @@ class EmbeddingSet(Word):
     job_id: str
     model: str
     model_digest: str
+    dataset: Annotated[str | None, Field(description="whose samples they are; null for sets of earlier versions")]
+    split: Annotated[Literal["train", "holdout", "all"] | None, Field(description="likewise")]
     modality: str
     num_vectors: int
     dimensions: int
@@ -345,8 +347,15 @@ def embedding_set_of(row: sa.Row[Any]) -> EmbeddingSet:
     """Show a row of `embedding_set`."""
     info = cast("dict[str, Any]", row.info)
     shown = ("model", "model_digest", "modality", "num_vectors", "dimensions", "num_bytes")
+    later = {name: info.get(name) for name in ("dataset", "split")}
     return EmbeddingSet.model_validate(
-        {"id": row.id, "created_at": row.created_at, "job_id": row.job_id, **{name: info[name] for name in shown}}
+        {
+            "id": row.id,
+            "created_at": row.created_at,
+            "job_id": row.job_id,
+            **{name: info[name] for name in shown},
+            **later,
+        }
     )
 
 

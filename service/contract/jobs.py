@@ -405,6 +405,8 @@ class EmbedResult(Word):
     dimensions: int
     num_bytes: int
     digest: Annotated[str, Field(description="of the artifact; empty for sets of earlier versions")] = ""
+    dataset: Annotated[str | None, Field(description="null for sets of earlier versions")] = None
+    split: Annotated[Literal["train", "holdout", "all"] | None, Field(description="likewise")] = None
 
 
 class EvaluateResult(Word):

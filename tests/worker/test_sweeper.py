@@ -8,7 +8,17 @@ import sqlalchemy as sa
 
 from service.contract import leases, outcomes, queue
 from service.contract.dialects import after, now
-from service.contract.jobs import KINDS, EvaluateArgs, EvaluateResult, IngestArgs, TrainArgs
+from service.contract.jobs import (
+    KINDS,
+    ComposeArgs,
+    ComposeResult,
+    EmbedArgs,
+    EmbedResult,
+    EvaluateArgs,
+    EvaluateResult,
+    IngestArgs,
+    TrainArgs,
+)
 from service.contract.leases import WorkerInfo
 from service.contract.tables import dataset, embedding_set, job, model
 from worker.sweeper import Sweeper, sweep
@@ -52,6 +62,40 @@ def test_what_a_row_refers_to_stays_and_the_rest_goes(engine: sa.Engine, store: 
     _drop(engine, embedding_set, "emb_a")
     assert sorted(sweep(engine, store, older_than_s=-1)) == [vectors, kept]
     assert sweep(engine, store, older_than_s=-1) == []
+
+
+def test_a_set_of_an_attempt_that_was_lost_goes_and_the_one_that_was_recorded_stays(
+    engine: sa.Engine, store: Store, publish: Any
+) -> None:
+    """A worker was killed after it published and before it said so: the next attempt's set is the one with a row."""
+    _add(engine, dataset, id="ds_e", name="n", source="s", state="ready", artifact="datasets/ds_e/1", digest="d")
+    _add(engine, model, id="model_e", artifact="models/model_e/1", digest="d", info={})
+    leases.register(engine, WorkerInfo("w", ["bulk"], list(KINDS), "h", "b", 1, None, "cpu", "0"))
+    with engine.begin() as conn:
+        job = queue.enqueue(conn, tenant="t", args=EmbedArgs(model="model_e", dataset="ds_e", modality="text"))
+    suffix = job.partition("_")[2]
+    (first,) = leases.claim(engine, worker_id="w", lane="bulk", kinds=KINDS, ttl_s=20)
+    lost = publish(f"embeddings/emb_{suffix}/{first.epoch}", "embeddings")
+    assert sweep(engine, store, older_than_s=-1) == []  # its job has not ended
+    outcomes.release(engine, first, "w")
+    (second,) = leases.claim(engine, worker_id="w", lane="bulk", kinds=KINDS, ttl_s=20)
+    made = publish(f"embeddings/emb_{suffix}/{second.epoch}", "embeddings")
+    result = EmbedResult(
+        artifact=made,
+        model="model_e",
+        model_digest="d",
+        modality="text",
+        num_vectors=1,
+        dimensions=1,
+        num_bytes=1,
+    )
+    assert outcomes.finish(engine, second, "w", result)
+    assert sweep(engine, store, older_than_s=-1) == [lost]
+    assert store.exists(made)
+    queue.prune(engine, older_than_s=-1)  # the job is forgotten, what it made is not
+    assert sweep(engine, store, older_than_s=-1) == []
+    _drop(engine, embedding_set, f"emb_{suffix}")
+    assert sweep(engine, store, older_than_s=-1) == [made]
 
 
 def test_what_is_young_stays(engine: sa.Engine, store: Store, publish: Any) -> None:
@@ -102,6 +146,28 @@ def test_a_report_stays_with_its_job(engine: sa.Engine, store: Store, publish: A
     assert sweep(engine, store, older_than_s=-1) == []
     queue.prune(engine, older_than_s=-1)
     assert sweep(engine, store, older_than_s=-1) == [key]
+
+
+def test_the_matches_of_a_compose_job_stay_with_it_though_its_sets_are_gone(
+    engine: sa.Engine, store: Store, publish: Any
+) -> None:
+    _add(engine, model, id="model_g", artifact="models/model_g/1", digest="d", info={})
+    sets = [publish(f"embeddings/emb_{name}/1", "embeddings") for name in ("g", "h")]
+    for key in sets:
+        _add(engine, embedding_set, id=key.split("/")[1], artifact=key, info={"digest": "d"}, job_id="job_g")
+    leases.register(engine, WorkerInfo("w", ["bulk"], list(KINDS), "h", "b", 1, None, "cpu", "0"))
+    asked = {"source": {"embeddings": "emb_g"}, "target": {"embeddings": "emb_h"}}
+    legs = [{"model": "model_g", "from": "a", "to": "b"}]
+    with engine.begin() as conn:
+        job = queue.enqueue(conn, tenant="t", args=ComposeArgs.model_validate(asked | {"legs": legs}))
+    (claim,) = leases.claim(engine, worker_id="w", lane="bulk", kinds=KINDS, ttl_s=20)
+    key = publish(f"reports/{job}/{claim.epoch}", "report")
+    result = ComposeResult(artifact=key, num_sources=1, num_targets=1, top_k=1, summary={}, warnings=[], num_bytes=1)
+    assert outcomes.finish(engine, claim, "w", result)
+    for name in ("emb_g", "emb_h"):
+        _drop(engine, embedding_set, name)
+    assert sorted(sweep(engine, store, older_than_s=-1)) == sorted(sets)
+    assert store.exists(key)
 
 
 def test_bytes_survive_a_sweep_of_others(engine: sa.Engine, store: Store, publish: Any) -> None:

@@ -78,6 +78,8 @@ def run(args: EmbedArgs, ctx: Context) -> EmbedResult:
         dimensions=dimensions,
         num_bytes=manifest.num_bytes,
         digest=manifest.digest,
+        dataset=args.dataset,
+        split=args.split,
     )
 
 

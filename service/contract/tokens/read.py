@@ -33,7 +33,7 @@ from service.contract.tokens.uri import DataUri, data_uri, strict_base64
 
 Modalities = Mapping[str, TokeniserConfig]
 Vector = Float32[np.ndarray, " value"]
-"""A vector made earlier: finite, not zero, of any length."""
+"""A vector made earlier: finite, of any length."""
 INT32: Final = np.iinfo(np.int32)
 
 
@@ -67,7 +67,7 @@ def read_item(
             return item.modality, _tensor(item, _config(item.modality, modalities, "modality"), limits)
         case EmbeddingItem():
             _config(item.modality, modalities, "modality")
-            return item.modality, _vector(item.embedding)
+            return item.modality, _float32(item.embedding, "embedding")
         case _:
             assert_never(item)
 
@@ -170,13 +170,6 @@ def _tokens(values: list[int] | list[list[Number]]) -> np.ndarray:
     if len(rows) < len(values) or len({len(row) for row in rows}) > 1:
         raise Invalid("the vectors are not all of one length", param="tokens")
     return _float32(rows, "tokens")
-
-
-def _vector(values: list[Number]) -> Vector:
-    vector = _float32(values, "embedding")
-    if not vector.any():
-        raise Invalid("the embedding is zero: it has no direction", param="embedding")
-    return vector
 
 
 def _float32(values: list[Number] | list[list[Number]], param: str) -> np.ndarray:

@@ -129,6 +129,8 @@ async def test_vectors_of_the_callers_own_keep_their_length(api: Any, name: str)
     given = [{"modality": "code", "embedding": each.tolist()} for each in z]
     body = {"model": name, "target": ["one", "two"], "method": "direct"}
     assert await ask(api, "/v1/compose", source=given, **body) == await ask(api, "/v1/compose", source=CODES, **body)
+    nothing = [{"modality": "code", "embedding": [0.0] * 8}]  # has no direction, and needs none here
+    assert len(await ask(api, "/v1/compose", source=nothing, **body)) == 1
     huge = [{"modality": "code", "embedding": [1e300] * 8}]
     response = await api.post("/v1/compose", json={"source": huge, **body})
     assert response.status_code == 422

@@ -17,6 +17,7 @@ def test_vectors_are_unit_and_stand_beside_their_keys(trained: Any) -> None:
     assert result.artifact == "embeddings/emb_embed/1"
     assert (result.num_vectors, result.dimensions) == (80, 16)
     assert result.model_digest == trained.inputs["model_a"]["digest"]
+    assert (result.dataset, result.split) == ("ds_imu", "holdout")
     folder = trained.store.local(result.artifact)
     vectors = np.load(folder / "vectors.npy")
     assert vectors.dtype == np.float32
