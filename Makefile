@@ -2,7 +2,7 @@
 # `make` alone lists the targets.
 
 .DEFAULT_GOAL := help
-.PHONY: help venv dev demo serve test check lint types faults slow gpu compose-check bench-serving bench-queue bench-training openapi clean
+.PHONY: help venv dev demo serve test check lint types faults slow gpu compose-check bench-serving bench-queue bench-training bench-compose openapi clean
 
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -82,6 +82,9 @@ bench-queue: $(BENCH_STAMP) ## Measure what a job costs beside its work, next to
 
 bench-training: $(BENCH_STAMP) ## Measure what training costs, next to a bare loop and open_clip
 	@$(BIN)/python -m benchmarks.training
+
+bench-compose: $(DEV_STAMP) ## Measure what composition costs, next to bare matrix products and to embedding
+	@$(BIN)/python -m benchmarks.compose
 
 openapi: $(DEV_STAMP) ## Write docs/openapi.json anew from the app
 	@$(BIN)/isthmus openapi > docs/openapi.json.new && mv docs/openapi.json.new docs/openapi.json

@@ -57,14 +57,22 @@ class Connection:
     async def embed(self, at: int) -> None:
         """Embed a caption, base64 as the OpenAI client asks for it."""
         caption = CAPTIONS[at % len(CAPTIONS)]
-        body = json.dumps({"model": "bench", "input": caption, "encoding_format": "base64"}).encode()
-        head = "POST /v1/embeddings HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+        await self.post("/v1/embeddings", {"model": "bench", "input": caption, "encoding_format": "base64"})
+
+    async def post(self, path: str, document: dict[str, Any]) -> bytes:
+        """Send a document; return the body of the answer."""
+        return await self.send(path, json.dumps(document).encode())
+
+    async def send(self, path: str, body: bytes) -> bytes:
+        """Send a body of JSON; return that of the answer."""
+        head = f"POST {path} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
         self._writer.write(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
         answer = await self._reader.readuntil(b"\r\n\r\n")
         length = re.search(rb"content-length: (\d+)", answer, re.IGNORECASE)
-        assert answer.startswith(b"HTTP/1.1 200 "), answer
         assert length is not None
-        await self._reader.readexactly(int(length[1]))
+        content = await self._reader.readexactly(int(length[1]))
+        assert answer.startswith(b"HTTP/1.1 200 "), content
+        return content
 
     def close(self) -> None:
         """Hang up."""
