@@ -7,6 +7,7 @@ from typing import Final
 from urllib.parse import urlsplit
 
 from service.contract.errors import Forbidden, Invalid
+from service.contract.imports import HUB_ID, OUTSIDE, is_allowed, local_path
 from service.deps import Service
 from service.keys import Caller
 
@@ -32,6 +33,19 @@ def check_source(uri: str, service: Service, caller: Caller, *, param: str, what
             raise Forbidden(message, param=param)
         elif "\x00" in rest:
             raise Invalid("text cannot hold NUL characters", param=param)
+
+
+def check_import(source: str, service: Service, caller: Caller) -> None:
+    """Refuse a checkpoint that `check_source` refuses, and a local one outside of the folders set up for imports.
+
+    Raises Invalid or Forbidden. The worker checks again, on its own disk.
+    """
+    if HUB_ID.fullmatch(source):
+        return
+    check_source(source, service, caller, param="source", what="a checkpoint")
+    path = local_path(source)
+    if path is not None and not is_allowed(path, service.settings.resolved_import_folders()):
+        raise Invalid(OUTSIDE, param="source", code="forbidden_path")
 
 
 def is_remote_place(uri: str, *, own: str) -> bool:

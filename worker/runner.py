@@ -86,6 +86,8 @@ class Context:
         """Artifacts of the job's own checkpoints, newest first."""
         self.scratch = task.scratch
         """A folder of this attempt's own, removed afterwards."""
+        self.import_folders = task.import_folders
+        """Where on this machine checkpoints to be imported may lie."""
         self.device = task.device
         """`auto`, `cpu`, `cuda` or `cuda:N`, as configured."""
         self.rank = task.rank

@@ -42,7 +42,16 @@ class Slot:
         """
         return self._num_started % OLDEST_EVERY == OLDEST_EVERY - 1
 
-    def start(self, claim: Claim, *, scratch: Path, store_url: str, device: str, num_threads: int) -> None:
+    def start(
+        self,
+        claim: Claim,
+        *,
+        scratch: Path,
+        store_url: str,
+        import_folders: tuple[Path, ...],
+        device: str,
+        num_threads: int,
+    ) -> None:
         """Give a job to the idle runner, or to a fresh one: ingest gets one that never imports torch.
 
         Raises OSError if there is no room for a process or its folder.
@@ -56,6 +65,7 @@ class Slot:
             inputs=claim.inputs,
             resume=claim.resume,
             store_url=store_url,
+            import_folders=import_folders,
             scratch=scratch,
             device=device,
             threads=num_threads,

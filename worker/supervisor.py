@@ -301,6 +301,7 @@ class Supervisor:
                     claim,
                     scratch=self._scratch / f"{claim.public_id}-{claim.epoch}",
                     store_url=settings.resolved_store_url(),
+                    import_folders=settings.resolved_import_folders(),
                     device=settings.device,
                     num_threads=self._job_threads,
                 )

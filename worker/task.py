@@ -28,6 +28,8 @@ class Task(Word):
     inputs: dict[str, Input]
     resume: list[str]
     store_url: str
+    import_folders: tuple[Path, ...] = ()
+    """Where on this machine checkpoints to be imported may lie."""
     scratch: Path
     device: str
     threads: int

@@ -6,20 +6,17 @@ the list, append-only. A job carries ids, never documents.
 
 from __future__ import annotations
 
-import re
 from typing import Annotated, Final, Literal
 
 from pydantic import Field, StrictBool, StrictInt, TypeAdapter, field_validator, model_validator
 from typing_extensions import TypedDict
 
 from service.contract.experiments import EXPERIMENTS, ExperimentName, Verdict
+from service.contract.imports import local_path
 from service.contract.losses import Critic
 from service.contract.operations import MAX_WEIGHTS, AnySetThrough, BridgeWeights, EmbeddingSetRef, Leg, TopK
 from service.contract.recipe import Budget, Recipe
 from service.contract.word import Id, ModalityName, Name, Real, Text, Word
-
-HUB_ID: Final = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[\w.-]{1,96}", re.ASCII)
-"""A model of a hub, as org/name."""
 
 Lane = Literal["train", "bulk"]
 State = Literal["scheduled", "queued", "running", "succeeded", "failed", "cancelled"]
@@ -263,8 +260,8 @@ class ImportModelArgs(Word):
     source: Annotated[
         Text,
         Field(
-            description="folder of the checkpoint: s3://, gs://, az://, an absolute path of the worker's machine, or "
-            "org/name of a hub, where the worker has one",
+            description="folder of the checkpoint: s3://, gs://, az://, an absolute path in one of the worker's "
+            "folders for imports (the key needs the scope admin), or org/name of a hub, where the worker has one",
             min_length=1,
             max_length=1024,
         ),
@@ -281,7 +278,9 @@ class ImportModelArgs(Word):
     @field_validator("source")
     @classmethod
     def _says_where(cls, source: str) -> str:
-        if not ("://" in source or source.startswith("/") or HUB_ID.fullmatch(source)):
+        path = local_path(source)
+        is_place = path.is_absolute() if path is not None else "::" not in source  # a place within a place
+        if not is_place or "\0" in source:
             msg = "a checkpoint lies at s3://, gs://, az://, at an absolute path, or is org/name of a hub"
             raise ValueError(msg)
         return source

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -18,6 +19,14 @@ class Settings(BaseSettings):
     database_url: Annotated[str | None, Field(description="SQLAlchemy URL; default: SQLite in the data folder")] = None
     store_url: Annotated[
         str | None, Field(description="fsspec URL of the store; default: a folder in the data folder")
+    ] = None
+
+    import_folders: Annotated[
+        str | None,
+        Field(
+            description="folders of the worker's machine that models may be imported from, separated by ':'; default: "
+            "`imports` in the data folder; alike for API and workers"
+        ),
     ] = None
 
     host: str = "127.0.0.1"
@@ -91,6 +100,12 @@ class Settings(BaseSettings):
     def resolved_store_url(self) -> str:
         """Return the store's URL."""
         return self.store_url or str(self.data.resolve() / "store")
+
+    def resolved_import_folders(self) -> tuple[Path, ...]:
+        """Return the folders that models may be imported from."""
+        if self.import_folders is None:
+            return (self.data.resolve() / "imports",)
+        return tuple(Path(part).resolve() for part in self.import_folders.split(os.pathsep) if part)
 
     def lane_set(self) -> frozenset[str]:
         """Return the lanes of this worker.

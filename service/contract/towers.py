@@ -210,6 +210,10 @@ class PretrainedTower(Word):
         if self.locked and (self.frozen_blocks or self.augment is not None):
             msg = "a locked tower learns nothing: leave out frozen_blocks and augment"
             raise ValueError(msg)
+        if alien := next((name for name in self.config if name.startswith("_") or "implementation" in name), None):
+            # Such as where to fetch the code of its attention from.
+            msg = f"config.{alien[:50]}: config says what the modules are, and nothing of how they run"
+            raise ValueError(msg)
         _check_frozen(self.frozen_blocks, self.depth)
         _check_augment(self.augment, self.tokens)
         if self.augment is not None and self.augment.kind == "tokens":

@@ -15,7 +15,6 @@ from service.aliases import check_alias
 from service.composing import settle
 from service.contract import queue
 from service.contract.errors import Conflict, Invalid, Malformed, NotFound, RequestError, UnsupportedMedia
-from service.contract.jobs import HUB_ID
 from service.contract.tables import checkpoint, job, job_event, metric, owned
 from service.contract.word import Name
 from service.deps import IdempotencyKey, Reader, Running, Service, Writer, request_id_of
@@ -39,7 +38,7 @@ from service.resources import (
     job_of,
     select_jobs,
 )
-from service.sources import check_source
+from service.sources import check_import
 from service.submissions import (
     EXAMPLES,
     AnySubmission,
@@ -79,8 +78,8 @@ async def create(
         raise Invalid("the year lies between 2000 and 2200", param="run_at")
     if isinstance(body, SubmitTrain | SubmitImportModel) and body.name is not None:
         check_alias(body.name, param="name")
-    if isinstance(body, SubmitImportModel) and not HUB_ID.fullmatch(body.source):
-        check_source(body.source, service, caller, param="source", what="a checkpoint")
+    if isinstance(body, SubmitImportModel):
+        check_import(body.source, service, caller)
     digest = idempotency.fingerprint("POST", "/v1/jobs", body.model_dump(mode="json"))
     starts = await find_starts(service.catalogue, tenant, body)
     settled = await settle(service, tenant, body) if isinstance(body, SubmitCompose) else None

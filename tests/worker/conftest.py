@@ -69,6 +69,7 @@ class Bench:
                 "inputs": self.inputs,
                 "resume": resume or [],
                 "store_url": str(self.root / "store"),
+                "import_folders": [Path("/")],
                 "scratch": scratch,
                 "device": device,
                 "threads": 1,

@@ -54,7 +54,7 @@ def read_checkpoint(source: Source) -> Found:
     if source.has("modules.json"):
         return _sentences(source)
     raw = _config(source, "config.json")
-    kind = raw.get("model_type")
+    kind = str(raw.get("model_type"))
     match kind:
         case "clip":
             return _clip(source, raw)
@@ -279,7 +279,8 @@ def _pad_id(source: Source, settings: dict[str, Any], default: str) -> int:
     if not source.has("tokenizer.json"):
         return 0  # which `text_part` refuses
     document = source.document("tokenizer.json")
-    for added in document.get("added_tokens") or ():
+    listed = document.get("added_tokens")
+    for added in cast("list[object]", listed) if isinstance(listed, list) else ():
         if isinstance(added, dict) and cast("dict[str, Any]", added).get("content") == token:
-            return int(cast("dict[str, Any]", added)["id"])
+            return integer(cast("dict[str, Any]", added), "id", least=0, file="tokenizer.json")
     raise Permanent(f"tokenizer.json has no padding token {str(token)[:50]!r}", code="bad_config")

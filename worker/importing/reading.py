@@ -97,7 +97,7 @@ def check_config(config: dict[str, Any]) -> None:
 
 
 def settings_of(raw: dict[str, Any], configuration: str, member: str | None, **changes: Any) -> dict[str, Any]:
-    """Complete a configuration with the library's defaults, and leave out what says nothing.
+    """Complete a configuration with the library's defaults, and leave out what says nothing or is not the family's.
 
     Raises Permanent if the library does not take it.
     """
@@ -106,17 +106,20 @@ def settings_of(raw: dict[str, Any], configuration: str, member: str | None, **c
         found = made.from_dict(raw)
         inner = found if member is None else getattr(found, member)
         settings = cast("dict[str, Any]", inner.to_dict())
-    return {name: value for name, value in settings.items() if name not in UNSAID} | changes
+        known = cast("dict[str, Any]", type(inner)().to_dict())
+    return {name: value for name, value in settings.items() if name in known and name not in UNSAID} | changes
 
 
-def integer(config: dict[str, Any], name: str, default: int | None = None) -> int:
-    """Return a whole number above zero from a configuration.
+def integer(
+    config: dict[str, Any], name: str, default: int | None = None, *, least: int = 1, file: str = "config.json"
+) -> int:
+    """Return a whole number from a configuration.
 
-    Raises Permanent if it is none.
+    Raises Permanent if it is none, or less than the least.
     """
     value = config.get(name, default)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise Permanent(f"config.json: {name} is no whole number above zero", code="bad_config")
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise Permanent(f"{file}: {name} is no whole number of at least {least}", code="bad_config")
     return value
 
 

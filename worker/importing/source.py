@@ -7,21 +7,26 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NoReturn, cast, final
 
-from service.contract.errors import Invalid, IsthmusError, Permanent, Transient
-from service.contract.jobs import HUB_ID
+from service.contract.errors import Invalid, Permanent, Transient
+from service.contract.imports import HUB_ID, OUTSIDE, is_allowed, local_path
 from worker.sources.location import LocalTree, Tree, locate, safe_name
-from worker.sources.streams import translated
 
 if TYPE_CHECKING:
     from worker.runner import Context
 
 MAX_JSON_BYTES: Final = 64 << 20
 BLOCK: Final = 1 << 22
-SMALL_FILES: Final = ("*.json", "*/config.json", "*.safetensors")
+FETCHED: Final = (
+    "*.json",
+    "model.safetensors",
+    "model-*.safetensors",
+    "*/model.safetensors",
+    "*/model-*.safetensors",
+)
+"""Of a hub's model, which may hold the same weights in many formats."""
 
 
 @final
@@ -100,11 +105,15 @@ def open_source(source: str, ctx: Context) -> Source:
     """
     if HUB_ID.fullmatch(source):
         return Source(LocalTree(_download(source, ctx)), "", ctx)
+    path = local_path(source)
+    if path is not None and not is_allowed(path, ctx.import_folders):
+        raise Permanent(OUTSIDE, code="forbidden_path")
     tree = locate(source, ctx.store)
     if isinstance(tree, LocalTree) and tree.only is None and tree.root.parent.name == "snapshots":
         # A hub's cache: a snapshot links to files beside it, in the same repository's folder.
-        inside = tree.root.relative_to(tree.root.parents[1]).as_posix()
-        return Source(LocalTree(tree.root.parents[1]), f"{inside}/", ctx)
+        repository = tree.root.parents[1]
+        if is_allowed(repository, ctx.import_folders):
+            return Source(LocalTree(repository), f"{tree.root.relative_to(repository).as_posix()}/", ctx)
     return Source(tree, "", ctx)
 
 
@@ -123,23 +132,38 @@ def _download(name: str, ctx: Context) -> Path:
     if os.environ.get("HF_HUB_OFFLINE", "1").strip().lower() not in {"0", "false", "no", "off", ""}:
         message = "no hub is configured here: give the folder of the checkpoint, or set HF_HUB_OFFLINE=0 on the worker"
         raise Permanent(message, code="no_hub")
-    from huggingface_hub import snapshot_download  # noqa: PLC0415  # only where a hub is configured
+    # Only where a hub is configured.
+    from httpx2 import HTTPError  # noqa: PLC0415
+    from huggingface_hub import snapshot_download  # noqa: PLC0415
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError  # noqa: PLC0415
+    from huggingface_hub.utils import disable_progress_bars  # noqa: PLC0415
 
-    if shutil.disk_usage(ctx.scratch).free == 0:
-        raise Transient("no space is left", code="no_space")
+    disable_progress_bars()
     try:
-        with translated(name):
-            folder = snapshot_download(name, allow_patterns=list(SMALL_FILES), local_dir=ctx.scratch / "hub")
+        folder = snapshot_download(
+            name,
+            allow_patterns=list(FETCHED),
+            local_dir=ctx.scratch / "hub",
+            endpoint=os.environ.get("HF_ENDPOINT"),
+            max_workers=1,  # several share a connection that the first of them closes when it breaks
+        )
     except HFValidationError as error:
         raise Permanent(f"{name} is no name of a hub's model", code="model_not_found") from error
-    except HfHubHTTPError as error:
-        status = error.response.status_code
+    except (HfHubHTTPError, LocalEntryNotFoundError) as error:
+        # The latter is what the library makes of a hub that does not answer, or not well.
+        found = error if isinstance(error, HfHubHTTPError) else error.__cause__
+        if not isinstance(found, HfHubHTTPError):
+            raise Transient(f"the hub could not be reached for {name}", code="hub_failed") from error
+        status = found.response.status_code
         if status in {401, 403, 404}:
             raise Permanent(f"the hub has no model {name}, or keeps it to others", code="model_not_found") from error
         raise Transient(f"the hub answered {status} for {name}", code="hub_failed") from error
-    except (LocalEntryNotFoundError, IsthmusError) as error:
-        raise Transient(f"the hub could not be reached for {name}", code="hub_failed") from error
+    except (HTTPError, RuntimeError) as error:
+        raise Transient(f"the hub broke off for {name}: {type(error).__name__}", code="hub_failed") from error
+    except OSError as error:
+        if error.errno is not None:  # a full disk, say
+            raise
+        raise Transient(f"the hub sent other files of {name} than it promised", code="hub_failed") from error
     return Path(folder)
 
 

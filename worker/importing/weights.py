@@ -12,7 +12,8 @@ from safetensors import SafetensorError, safe_open
 from service.contract.errors import Permanent
 from service.contract.modality import TextTokens
 from worker.importing.source import checked_name
-from worker.learning.towers.pretrained import build_inner, classes_of
+from worker.learning.device import failure_of
+from worker.learning.towers.pretrained import FAULTS, build_inner, classes_of
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -79,7 +80,7 @@ def fetch_weights(source: Source, prefix: str, folder: Path) -> Weights:
     else:
         found = next((name for name in PICKLES if source.has(prefix + name)), None)
         if found is None:
-            raise Permanent(f"{WHOLE} is missing from the checkpoint", code="missing_file")
+            raise Permanent(f"{WHOLE} is missing from the checkpoint; only safetensors are read", code="missing_file")
         message = (
             f"the weights lie in {found}, whose format can run code as it is read; only safetensors are read. "
             "Convert them where you trust the file: load it with transformers and save it with save_pretrained"
@@ -125,7 +126,9 @@ def load_inner(config: PretrainedTower, weights: Weights) -> nn.Module:
             ignore_mismatched_sizes=True,  # told of, so that `_check` can name them
             **options,
         )
-    except (RuntimeError, ValueError, TypeError, KeyError, OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, *FAULTS) as error:
+        if failure := failure_of(error):
+            raise failure from error
         raise Permanent(f"the weights do not fit config.json: {_short(error)}", code="wrong_shapes") from error
     _check(cast("dict[str, Any]", about), inner)
     return inner.eval()

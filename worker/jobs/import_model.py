@@ -16,9 +16,10 @@ from worker.importing.families import MAX_SCALE, read_checkpoint
 from worker.importing.reading import validated
 from worker.importing.source import open_source
 from worker.importing.weights import fetch_weights, load_inner
+from worker.learning.device import failure_of
 from worker.learning.model import MultiTower, build_tokenisers, save_model, vocab_sizes
 from worker.learning.ragged import Ragged
-from worker.learning.towers.pretrained import Pretrained, library
+from worker.learning.towers.pretrained import FAULTS, Pretrained, library
 
 if TYPE_CHECKING:
     from service.contract.tokens.tokenise import Tokeniser
@@ -128,22 +129,31 @@ def _set_scale(model: MultiTower, found: Found, weights: Weights) -> None:
 
 @torch.inference_mode()
 def _try(model: MultiTower, modality: str, tokeniser: Tokeniser) -> None:
-    """Encode something once: sizes that do not fit each other show here and not in somebody's request."""
+    """Encode something once: sizes that do not fit each other show here and not in somebody's request.
+
+    Of text also something shorter beside it, which is padded.
+    """
     tokens = tokeniser.config
+    lengths = [tokens.max_length]
     match tokens:
         case ImageTokens(dim=dim):
             values = torch.zeros(tokens.max_length, dim, dtype=torch.uint8)
         case AudioTokens(dim=dim):
             values = torch.zeros(tokens.max_length, dim)
         case _:
-            values = torch.zeros(tokens.max_length, dtype=torch.long)
+            lengths.append(tokens.max_length - 1)
+            values = torch.zeros(sum(lengths), dtype=torch.long)
     try:
-        z = model.encode(modality, Ragged(values, torch.tensor([tokens.max_length])))
+        z = model.encode(modality, Ragged(values, torch.tensor(lengths)))
     except IsthmusError:
         raise
-    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+    except FAULTS as error:
+        if failure := failure_of(error):
+            raise failure from error
         message = f"config.json: the {modality} tower does not run: {' '.join(str(error).split())[:300]}"
         raise Permanent(message, code="bad_config") from error
-    if z.shape != (1, model.dimensions):
+    if z.shape != (len(lengths), model.dimensions):
         message = f"config.json: the {modality} tower gives {z.shape[-1]} values and not {model.dimensions}"
         raise Permanent(message, code="wrong_shapes")
+    if not z.isfinite().all():
+        raise Permanent(f"the {modality} tower gives NaN or infinity", code="not_finite")

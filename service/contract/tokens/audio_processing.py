@@ -55,6 +55,8 @@ def filled(
     missing = length - len(wave)
     if missing <= 0:
         return wave
+    if not len(wave):  # what is left of a single sample at a lower rate
+        return np.zeros(length, np.float32)
     times = length // len(wave)
     match processing.fill:
         case "repeat":
@@ -86,12 +88,18 @@ def log_mel(
 
 
 def shrunk(levels: Float32[np.ndarray, "frame mel"], num_frames: int) -> Float32[np.ndarray, "place mel"]:
-    """Return the picture with fewer frames, interpolated between the two nearest to each new frame's centre."""
-    at = np.clip((np.arange(num_frames) + 0.5) * (len(levels) / num_frames) - 0.5, 0, len(levels) - 1)
+    """Return the picture with fewer frames, interpolated between the two nearest to each new frame's centre.
+
+    Step and places are rounded to single precision, as in the checkpoint's own processor: where levels jump by 100 dB
+    it shows.
+    """
+    step = np.float32(len(levels) / num_frames)
+    places = ((np.arange(num_frames) + 0.5) * float(step) - 0.5).astype(np.float32)
+    at = np.clip(places, 0, len(levels) - 1)
     below = np.floor(at).astype(np.int64)
     above = np.minimum(below + 1, len(levels) - 1)
-    share = (at - below)[:, None]
-    return (levels[below] * (1 - share) + levels[above] * share).astype(np.float32)
+    share = (at - below.astype(np.float32))[:, None]
+    return levels[below] * (1 - share) + levels[above] * share
 
 
 @lru_cache(maxsize=16)

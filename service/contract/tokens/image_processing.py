@@ -22,6 +22,9 @@ FILTERS: Final = {
 }
 """In the order of the numbers that checkpoints name them by: nearest, lanczos, bilinear, bicubic, box, hamming."""
 
+MAX_RESIZED: Final = 1 << 24
+"""Pixels of a resized picture from which on only what the cut leaves of it is made."""
+
 
 def prepare(picture: Image.Image, config: ImageProcessing, size: int) -> Image.Image:
     """Return the top left `size` pixels of the processed picture, in mode RGB."""
@@ -33,7 +36,9 @@ def prepare(picture: Image.Image, config: ImageProcessing, size: int) -> Image.I
         short, long = sorted(found.size)
         other = int(config.shortest_edge * long / short)
         new = (config.shortest_edge, other) if found.width <= found.height else (other, config.shortest_edge)
-    if new != found.size:
+    if config.crop is not None and new[0] * new[1] > MAX_RESIZED:
+        found = _strip(found, new, config.crop, FILTERS[config.resample])
+    elif new != found.size:
         found = found.resize(new, FILTERS[config.resample])
     if config.crop is not None:
         # A picture smaller than the crop is laid into black; of an odd rest, the larger half lies in front of it, and
@@ -41,3 +46,14 @@ def prepare(picture: Image.Image, config: ImageProcessing, size: int) -> Image.I
         left, top = ((have - config.crop) // 2 for have in found.size)
         found = found.crop((left, top, left + config.crop, top + config.crop))
     return found if found.size == (size, size) else found.crop((0, 0, size, size))
+
+
+def _strip(picture: Image.Image, new: tuple[int, int], crop: int, resample: Image.Resampling) -> Image.Image:
+    """Resize, but make only the middle of the long axis: a line of pixels could be enlarged to gigabytes."""
+    spans = [(max(0, (whole - crop) // 2), min(whole, (whole - crop) // 2 + crop)) for whole in new]
+    short = 0 if new[0] <= new[1] else 1
+    spans[short] = (0, new[short])  # whose middle `prepare` takes
+    (left, right), (top, bottom) = spans
+    across, down = (have / whole for have, whole in zip(picture.size, new, strict=True))
+    box = (left * across, top * down, right * across, bottom * down)
+    return picture.resize((right - left, bottom - top), resample, box=box)

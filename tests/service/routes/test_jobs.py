@@ -8,6 +8,7 @@ import pytest
 import sqlalchemy as sa
 
 from service.contract.tables import checkpoint, dataset, job, job_event, job_progress, job_result, metric, model, worker
+from service.keys import CreateKey, create_key
 
 pytestmark = pytest.mark.anyio
 
@@ -337,3 +338,27 @@ async def test_an_experiment_that_there_is_not_is_refused_with_those_that_there_
     assert response.status_code == 422
     assert response.json()["error"]["param"] == param
     assert words in response.json()["error"]["message"]
+
+
+async def test_a_checkpoint_is_imported_from_a_folder_for_it_by_an_administrator_or_from_afar_by_a_writer(
+    small: Any,
+) -> None:
+    def wanted(source: str) -> dict[str, str]:
+        return {"kind": "import_model", "source": source}
+
+    folder = small.service.settings.data.resolve() / "imports"
+    assert (await small.post("/v1/jobs", json=wanted(f"{folder}/clip"))).status_code == 202
+    for outside in (str(folder.parent), f"file://{folder}/../store", "/", "/etc/passwd", f"{folder}-too"):
+        refused = await small.post("/v1/jobs", json=wanted(outside))
+        error = refused.json()["error"]
+        assert (refused.status_code, error["param"], error["code"]) == (422, "source", "forbidden_path"), outside
+    for bad in ("s3://b/x::file:///etc", "memory://b/x", "https://hub/x", f"{small.service.settings.store_url}/models"):
+        assert (await small.post("/v1/jobs", json=wanted(bad))).status_code == 422, bad
+
+    with small.service.database.engine.begin() as conn:
+        _, key = create_key(conn, "default", CreateKey(name="k", scopes=["write"]))
+    small.service.keys.forget()
+    headers = {"authorization": f"Bearer {key}"}
+    assert (await small.post("/v1/jobs", json=wanted(f"{folder}/clip"), headers=headers)).status_code == 403
+    for far in ("s3://bucket/clip", "openai/clip-vit-base-patch32"):
+        assert (await small.post("/v1/jobs", json=wanted(far), headers=headers)).status_code == 202, far

@@ -16,12 +16,14 @@ import soxr
 import torch
 import transformers as hf
 from PIL import Image
+from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 from torch.nn import functional
 
 from service.contract.errors import Permanent
 from service.contract.jobs import ImportModelArgs, ImportModelResult
 from service.contract.tokens.tokenise import EncodedRaw, Raw, TextRaw, WaveRaw
+from service.contract.towers import PretrainedTower
 from tests import checkpoints
 from worker.jobs import import_model
 from worker.learning.model import Loaded, load_model
@@ -381,13 +383,22 @@ def not_finite(folder: Path) -> None:
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
+def hidden_nan(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    weights["vision_model.encoder.layers.1.mlp.fc1.weight"][3, 5] = torch.nan
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
 def escaping(folder: Path) -> None:
     pickled(folder)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "../../secret.safetensors"}}))
 
 
 def garbled(file: str) -> Callable[[Path], None]:
-    return lambda folder: [(folder / file).write_text('{"a": ')][0] and None
+    def work(folder: Path) -> None:
+        (folder / file).write_text('{"a": ')
+
+    return work
 
 
 @pytest.mark.parametrize(
@@ -404,6 +415,7 @@ def garbled(file: str) -> Callable[[Path], None]:
         (reshaped, r"position_embedding.* has two shapes|weights and the files hold"),
         (without_a_weight, r"lack|weights and the files hold"),
         (not_finite, "logit_scale is not finite"),
+        (hidden_nan, r"layers\.1\.mlp\.fc1\.weight holds NaN or infinity"),
         (escaping, "index.json names a file outside"),
         (garbled("config.json"), "config.json is not JSON"),
         (garbled("tokenizer.json"), "tokenizer.json is no tokeniser's file"),
@@ -415,6 +427,9 @@ def garbled(file: str) -> Callable[[Path], None]:
         (change("config.json", vision_config__image_size=60), "makes pictures of 30 pixels, config.json wants 60"),
         (change("config.json", vision_config__patch_size=[6, 5]), "patch_size is no whole number"),
         (change("config.json", vision_config="none"), "config.json"),
+        (change("config.json", model_type=[["clip"]]), r"\[\['clip'\]\] cannot be imported|CLIPModel cannot"),
+        (change("config.json", text_config__pad_token_id=10**6), "the text tower does not run"),
+        (change("config.json", text_config__hidden_act="eval"), "config.json"),
         (change("config.json", quantization_config={"bits": 4}), "quantised"),
         (change("processor_config.json", image_processor__image_processor_type="BitImages"), "BitImages is not"),
         (change("processor_config.json", image_processor__crop_size={"height": 30, "width": 20}), "only square"),
@@ -459,6 +474,23 @@ def test_what_is_wrong_with_sentences_is_named(bench: Any, tmp_path: Path, harm:
     harm(folder)
     with pytest.raises(Permanent, match=said):
         load(bench, folder)
+
+
+def test_a_checkpoint_does_not_say_how_it_is_run(bench: Any, clip: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "clip"
+    shutil.copytree(clip, folder)
+    alien = {"_attn_implementation": "somebody/kernels", "attn_implementation": "somebody/kernels"}
+    alien |= {"auto_map": {"AutoModel": "somebody--code.Model"}, "use_kernels": True}
+    for part in ("text_config", "vision_config"):
+        change("config.json", **{f"{part}__{name}": value for name, value in alien.items()})(folder)
+    change("config.json", **alien)(folder)
+    _, loaded = load(bench, folder)
+    for tower in loaded.recipe.towers.values():
+        assert isinstance(tower, PretrainedTower)
+        assert not {*alien, "somebody/kernels"} & {*tower.config, *map(str, tower.config.values())}
+        for name in ("_attn_implementation", "attn_implementation"):
+            with pytest.raises(ValidationError, match="nothing of how they run"):
+                PretrainedTower.model_validate(tower.model_dump() | {"config": tower.config | {name: "somebody/code"}})
 
 
 def test_a_medium_that_is_not_there_cannot_be_named(bench: Any, clip: Path) -> None:

@@ -35,6 +35,17 @@ AFTER_BLOCKS: Final = (
 )
 """What acts after the last block, by its name in any family."""
 
+FAULTS: Final = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+"""What the library raises for configurations that nobody would write, as they are read, built from or run."""
+
 
 @final
 class Pretrained(nn.Module):
@@ -189,10 +200,9 @@ def configuring(what: str) -> Generator[None]:
     """Turn what the library raises for a configuration that it does not take into Permanent."""
     from huggingface_hub.errors import StrictDataclassError  # noqa: PLC0415
 
-    bad = (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, ZeroDivisionError)
     try:
         yield
-    except bad as error:
+    except (StrictDataclassError, *FAULTS) as error:
         message = f"config.json describes no model of the family {what}: {_first_line(error)}"
         raise Permanent(message, code="bad_config") from error
 
