@@ -32,6 +32,7 @@ from service.followers import Followers
 from service.inference.gateway import Gateway
 from service.inference.label_cache import LabelCache
 from service.keys import Keys, any_key, check_bind, ensure_key
+from service.known_sets import KnownSets
 from service.routes import (
     classify,
     compose,
@@ -144,6 +145,7 @@ async def _open(settings: Settings, telemetry: Telemetry) -> AsyncGenerator[Serv
             store=store,
             gateway=gateway,
             catalogue=Catalogue(database, store, limits),
+            sets=KnownSets(database),
             keys=known_keys,
             followers=followers,
             labels=LabelCache(),

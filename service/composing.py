@@ -64,6 +64,6 @@ async def _end(
     if isinstance(given, SamplesRef):
         model.check_modality(given.modality, param=f"{name}.modality")
         return given.modality, None
-    found = await embedding_sets.find(service, tenant, given.embeddings, param=f"{name}.embeddings")
+    found = await service.sets.find(tenant, given.embeddings, param=f"{name}.embeddings")
     embedding_sets.check(found.about, model, None, param=f"{name}.embeddings")
     return found.about.modality, found.about.num_vectors

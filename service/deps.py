@@ -23,6 +23,7 @@ from service.inference.examinations import Examinations
 from service.inference.gateway import Gateway
 from service.inference.label_cache import LabelCache
 from service.keys import Caller, Keys, Scope
+from service.known_sets import KnownSets
 
 T = TypeVar("T")
 
@@ -38,6 +39,7 @@ class Service:
     store: Store
     gateway: Gateway
     catalogue: Catalogue
+    sets: KnownSets
     keys: Keys
     followers: Followers
     labels: LabelCache

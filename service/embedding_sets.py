@@ -1,46 +1,14 @@
-"""Embedding sets as operands: found by id, held against the model that reads them. Their vectors stay in the store."""
+"""Embedding sets as operands, held against the model that reads them. Their vectors stay in the store."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import sqlalchemy as sa
-
 from service.catalogue import Model
-from service.contract.errors import Invalid, NotFound
-from service.contract.tables import embedding_set, owned
-from service.contract.word import Word
+from service.contract.errors import Invalid
 from service.deps import Service
-from service.resources import EmbeddingSet, embedding_set_of
-
-
-class Operand(Word):
-    """An embedding set, and where it lies."""
-
-    about: EmbeddingSet
-    artifact: str
-
-
-async def get_row(service: Service, tenant: str, set_id: str, *, param: str | None = None) -> sa.Row[Any]:
-    """Return the row of an embedding set.
-
-    Raises NotFound.
-    """
-    row = await service.database.read(
-        lambda conn: conn.execute(owned(embedding_set, tenant).where(embedding_set.c.id == set_id)).first()
-    )
-    if row is None:
-        raise NotFound("there is no such embedding set", param=param, code="embedding_set_not_found")
-    return row
-
-
-async def find(service: Service, tenant: str, set_id: str, *, param: str) -> Operand:
-    """Return an embedding set that a request names.
-
-    Raises NotFound.
-    """
-    row = await get_row(service, tenant, set_id, param=param)
-    return Operand(about=embedding_set_of(row), artifact=row.artifact)
+from service.known_sets import Operand
+from service.resources import EmbeddingSet
 
 
 def check(about: EmbeddingSet, model: Model, modality: str | None, *, param: str) -> None:

@@ -19,6 +19,7 @@ from service.contract.wire import Arrays, SetRef
 from service.deps import Service
 from service.inference.inputs import Timings, Tokenised, embed, listed, places, tokenise
 from service.inference.legs import Way, check_bank_bridge
+from service.known_sets import Operand
 
 Given = AnyItem | list[AnyItem] | EmbeddingSetRef
 Bridge = Given | list[EmbeddingSetRef]
@@ -51,7 +52,7 @@ class Reader:
         """
         if isinstance(given, EmbeddingSetRef):
             param = f"{name}.embeddings"
-            operand = await embedding_sets.find(self.service, self.tenant, given.embeddings, param=param)
+            operand = await self.service.sets.find(self.tenant, given.embeddings, param=param)
             embedding_sets.check(operand.about, model, expected, param=param)
             return Side(model, operand.about.modality, operand, name)
         if hint is not None:
@@ -69,7 +70,7 @@ class Reader:
 
     async def embed(self, side: Side, tensor: str, found: Tensors) -> None:
         """Put the vectors of a side among the tensors of a call; of a set, where they are."""
-        if isinstance(side.given, embedding_sets.Operand):
+        if isinstance(side.given, Operand):
             found.sets[tensor] = SetRef(artifact=side.given.artifact)
             return
         encoded = await embed(self.service, side.model, side.given.tokenised, side.given.at, self.timings)
@@ -140,10 +141,10 @@ class Reader:
         for at, (ref, model) in enumerate(zip(refs, models, strict=True)):
             name = f"{param}[{at}]" if isinstance(given, list) else param
             side = await self.read(model, ref, name, hint=None, expected=modality)
-            assert isinstance(side.given, embedding_sets.Operand)
+            assert isinstance(side.given, Operand)
             embedding_sets.check_size(side.given.about, MAX_BRIDGE_BYTES, param=f"{name}.embeddings")
             sides.append(side)
-        operands = [side.given for side in sides if isinstance(side.given, embedding_sets.Operand)]
+        operands = [side.given for side in sides if isinstance(side.given, Operand)]
         if len(operands) > 1:
             await embedding_sets.check_same_samples(self.service, operands)
         return sides
@@ -163,7 +164,7 @@ class Side:
 
     model: Model
     modality: str
-    given: Items | embedding_sets.Operand
+    given: Items | Operand
     name: str
 
     @property

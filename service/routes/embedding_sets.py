@@ -13,7 +13,7 @@ from service.deps import Reader, Running, Writer
 from service.edge.downloads import DOWNLOAD, WantedRange, list_files, send_file
 from service.edge.paging import WantedPage, check_id, select_page
 from service.edge.problems import documented
-from service.embedding_sets import get_row
+from service.known_sets import get_row
 from service.resources import Deleted, EmbeddingSet, EmbeddingSetList, FileList, embedding_set_of
 
 router = APIRouter(tags=["embedding sets"], prefix="/v1/embedding-sets")
@@ -38,7 +38,7 @@ async def list_sets(service: Running, caller: Reader, page: WantedPage) -> Embed
 )
 async def get(service: Running, caller: Reader, set_id: str) -> EmbeddingSet:
     """Get an embedding set: which model made it of what, and how large it is."""
-    return embedding_set_of(await get_row(service, caller.tenant, check_id(set_id)))
+    return embedding_set_of(await get_row(service.database, caller.tenant, check_id(set_id)))
 
 
 @router.delete(
@@ -60,6 +60,7 @@ async def delete(service: Running, caller: Writer, set_id: str) -> Deleted:
         conn.execute(sa.update(embedding_set).where(embedding_set.c.id == row.id).values(deleted_at=now()))
 
     await service.database.write(work)
+    service.sets.forget(tenant, known)
     return Deleted(id=known, object="embedding_set")
 
 
@@ -71,7 +72,7 @@ async def delete(service: Running, caller: Writer, set_id: str) -> Deleted:
 )
 async def files(service: Running, caller: Reader, set_id: str) -> FileList:
     """List the files: the vectors as npy, and with keys and labels as Parquet."""
-    return await list_files(service, (await get_row(service, caller.tenant, check_id(set_id))).artifact)
+    return await list_files(service, (await get_row(service.database, caller.tenant, check_id(set_id))).artifact)
 
 
 @router.get(
@@ -89,5 +90,5 @@ async def download(
     wanted_range: WantedRange = None,
 ) -> Response:
     """Download a file, or one range of its bytes."""
-    row = await get_row(service, caller.tenant, check_id(set_id))
+    row = await get_row(service.database, caller.tenant, check_id(set_id))
     return await send_file(service, row.artifact, path, wanted_range)
