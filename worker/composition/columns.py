@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from worker.composition.estimators import ROUNDING, Marginal, weigh_exponentials
+from worker.composition.estimators import ROUNDING, Marginal, gather, weigh_exponentials
 
 if TYPE_CHECKING:
     from worker.composition.chains import Bridge
@@ -38,28 +38,30 @@ class Columns:
         """Make room; the targets come by `add`. The effective sample sizes will be those of the probe."""
         self._log_share = bridge.log_shares()
         self._normalise = normalise
-        self._mass = bridge.right.new_empty(num_targets, len(bridge.right))
+        # A bank is drawn with replacement: what lies at one place is one column, whatever is put on it.
+        self._z_bridge, self._place = torch.unique(bridge.right, dim=0, return_inverse=True)
+        self._mass = bridge.right.new_empty(num_targets, len(self._z_bridge))
         self._peak = self._log_share.new_empty(num_targets)
         self._log_offset = torch.zeros_like(self._peak)
         self._probe = probe
-        self._square = bridge.right.new_empty(len(probe), len(bridge.right))
+        self._square = bridge.right.new_empty(len(probe), len(self._z_bridge))
         self._num = 0
 
     @property
     def num_bytes(self) -> int:
         """What it holds."""
-        return self._mass.nbytes + self._square.nbytes
+        return self._mass.nbytes + self._square.nbytes + self._z_bridge.nbytes
 
-    def add(self, link: Link, bridge: Bridge, z_target: Float[Tensor, "target dim"]) -> None:
+    def add(self, link: Link, z_target: Float[Tensor, "target dim"]) -> None:
         """Take the next targets, over the bridge's link with them."""
         chosen = slice(self._num, self._num + len(z_target))
-        f = link.scores(z_target, bridge.right)
+        f = link.scores(z_target, self._z_bridge)
         peak = f.amax(1, keepdim=True)
         mass = torch.exp(f.sub_(peak), out=self._mass[chosen])
         self._peak[chosen] = peak[:, 0].double()
         if self._normalise:
             highest = self._log_share.amax()
-            total = mass @ (self._log_share - highest).exp().float()
+            total = mass @ self._placed((self._log_share - highest).exp()[None].float())[0]
             self._log_offset[chosen] = total.double().log() + self._peak[chosen] + highest
         at = ((self._probe >= chosen.start) & (self._probe < chosen.stop)).nonzero()[:, 0]
         self._square[at] = self._mass[self._probe[at]].square_()
@@ -67,14 +69,14 @@ class Columns:
 
     def sums(self, log_mass: Float[Tensor, "source bridge"], chosen: slice) -> Float[Tensor, "source target"]:
         """Return sums over the bridge for some targets, of masses whose largest is 1 for each source, in float32."""
-        return _relative(log_mass) @ self._mass[chosen].T
+        return self._placed(_relative(log_mass)) @ self._mass[chosen].T
 
     def look(self, log_mass: Float[Tensor, "source bridge"], total: Float[Tensor, "source target"]) -> Look | None:
         """Finish the sums of all targets.
 
         None: a source and a target lie so far apart that float32 cannot hold their sum, or its square.
         """
-        square = _relative(log_mass).square() @ self._square.T
+        square = self._placed(_relative(log_mass).square()) @ self._square.T
         num = log_mass.shape[1]
         if _is_lost(total, num) or _is_lost(square, num):
             return None
@@ -85,7 +87,11 @@ class Columns:
     def weigh(self, log_mass: Float[Tensor, "source bridge"], targets: Int64[Tensor, " target"]) -> Marginal | None:
         """Do as `estimators.weigh` does for a few targets; None if float32 cannot hold it."""
         mass, peak = self._mass[targets].T, self._peak[targets]
-        return weigh_exponentials(log_mass, mass, peak, self._log_share, normalise=self._normalise)
+        return weigh_exponentials(log_mass, self._place, mass, peak, self._log_share, normalise=self._normalise)
+
+    def _placed(self, mass: Float[Tensor, "source bridge"]) -> Float[Tensor, "source place"]:
+        """Add up what is put on the items of each place."""
+        return gather(mass, self._place, len(self._z_bridge))
 
 
 def _relative(log_mass: Float[Tensor, "source bridge"]) -> Float[Tensor, "source bridge"]:

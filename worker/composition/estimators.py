@@ -119,14 +119,18 @@ def weigh(
 
 def weigh_exponentials(
     log_mass: Float[Tensor, "source bridge"],
-    mass: Float[Tensor, "bridge target"],
+    place: Int64[Tensor, " bridge"],
+    mass: Float[Tensor, "place target"],
     peak: Float[Tensor, " target"],
     log_share: Float[Tensor, " bridge"],
     *,
     normalise: bool,
 ) -> Marginal | None:
-    """Do as `weigh` does, from e^(f_target - peak) in float32; None if float32 cannot hold a sum."""
-    found = _by_products(log_mass, mass, peak, log_share, normalise=normalise)
+    """Do as `weigh` does, from e^(f_target - peak) in float32; None if float32 cannot hold a sum.
+
+    Bridge items of one place have the same scores with all targets, and are there once.
+    """
+    found = _by_products(log_mass, mass, peak, log_share, normalise=normalise, place=place)
     return None if bool(found.is_lost.any()) else _finished(found, log_mass, log_share, normalise=normalise)
 
 
@@ -160,6 +164,13 @@ class _Sums:
     is_lost: Bool[Tensor, "source target"]
 
 
+def gather(
+    mass: Float[Tensor, "source bridge"], place: Int64[Tensor, " bridge"], num_places: int
+) -> Float[Tensor, "source place"]:
+    """Add up what is put on the items of each place."""
+    return mass.new_zeros(len(mass), num_places).index_add_(1, place, mass)
+
+
 def _exponentials(f: Float[Tensor, "bridge target"]) -> tuple[Float[Tensor, "bridge target"], Float[Tensor, " target"]]:
     """Shift each column by its largest entry, and return that too."""
     peak = f.amax(0)
@@ -168,11 +179,12 @@ def _exponentials(f: Float[Tensor, "bridge target"]) -> tuple[Float[Tensor, "bri
 
 def _by_products(
     log_mass: Float[Tensor, "source bridge"],
-    b: Float[Tensor, "bridge target"],
+    b: Float[Tensor, "place target"],
     column_peak: Float[Tensor, " target"],
     log_share: Float[Tensor, " bridge"],
     *,
     normalise: bool,
+    place: Int64[Tensor, " bridge"] | None = None,
 ) -> _Sums:
     """Take all sums as matrix products of exponentials, each row and column shifted by its largest entry.
 
@@ -184,6 +196,8 @@ def _by_products(
     mass_peak = log_mass.amax(1, keepdim=True)
     a, w = (log_mass - mass_peak).exp(), (log_share - log_share.amax()).exp()
     left = torch.cat([a, a * a, a * w, w[None], (w * w)[None]]).to(dtype)
+    if place is not None:
+        left = gather(left, place, len(b))
     sums, squares, shares, v, vw = (left @ b).double().split([num, num, num, 1, 1])
     square_sums, share_squares, v_square = (
         (torch.cat([left[num : 3 * num], left[-1:]]) @ b.square()).double().split([num, num, 1])

@@ -287,7 +287,7 @@ class Composer:
             num = len(self._target)
             kept = Columns(chain.bridges[-1], probe, num_targets=num, normalise=chain.normalise)
             for begin in range(0, num, width):
-                kept.add(chain.links[-1], chain.bridges[-1], self._targets(slice(begin, begin + width)))
+                kept.add(chain.links[-1], self._targets(slice(begin, begin + width)))
                 yield
             known.keep_columns(kept)
         return kept

@@ -20,7 +20,8 @@ def vectors(critic: Critic, rows: int, dim: int, seed: int) -> Tensor:
 
 
 def a_chain(critic: Critic, scale: float, *, weighted: bool = False, normalise: bool = True) -> Chain:
-    left, right = vectors(critic, 200, 4, 1), vectors(critic, 200, 4, 2)
+    left, right = vectors(critic, 200, 4, 1), vectors(critic, 150, 4, 2)
+    right = torch.cat([right, right[40:90]])  # as in a bank that was drawn with replacement
     weights = torch.rand(200, generator=torch.Generator().manual_seed(3)) if weighted else None
     return Chain((Link(critic, scale), Link(critic, scale)), (Bridge(left, right, weights),), normalise=normalise)
 
@@ -29,7 +30,7 @@ def kept(chain: Chain, z_target: Tensor, probe: Tensor, *, width: int = 7) -> Co
     bridge = chain.bridges[0]
     columns = Columns(bridge, probe, num_targets=len(z_target), normalise=chain.normalise)
     for block in z_target.split(width):
-        columns.add(chain.links[1], bridge, block)
+        columns.add(chain.links[1], block)
     return columns
 
 
@@ -54,7 +55,7 @@ def test_what_is_kept_answers_as_the_sum_itself(critic: Critic, weighted: bool, 
     assert found is not None
     for name in ("log_ratio", "standard_error", "bias", "effective_sample_size"):
         torch.testing.assert_close(getattr(found, name), getattr(expected, name)[:, chosen], atol=1e-4, rtol=1e-4)
-    assert columns.num_bytes == 4 * 200 * (30 + 4)
+    assert columns.num_bytes == 4 * 150 * (30 + 4 + 4)
 
 
 def test_sums_that_float32_cannot_hold_are_not_answered() -> None:
