@@ -241,6 +241,7 @@ def make_sentences(
     (folder / "1_Pooling").mkdir()
     modes = {"mean": "mean_tokens", "cls": "cls_token", "max": "max_tokens"}
     about: dict[str, Any] = {f"pooling_mode_{name}": mode == pooling for mode, name in modes.items()}
+    about["word_embedding_dimension"] = 32
     if modern:
         about = {"embedding_dimension": 32, "pooling_mode": pooling, "include_prompt": True}
     (folder / "1_Pooling" / "config.json").write_text(json.dumps(about))

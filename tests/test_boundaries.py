@@ -37,14 +37,14 @@ def loaded_by(names: list[str]) -> set[str]:
 @pytest.mark.parametrize(
     ("names", "forbidden"),
     [
-        (["service.app"], ["torch", "pyarrow", "worker", "sklearn"]),
+        (["service.app"], ["torch", "transformers", "huggingface_hub", "pyarrow", "worker", "sklearn"]),
         (
             modules_of("service", without=("service.demo", "service.contract")),
-            ["torch", "pyarrow", "worker", "sklearn"],
+            ["torch", "transformers", "huggingface_hub", "pyarrow", "worker", "sklearn"],
         ),
         (
             modules_of("service/contract"),
-            ["torch", "pyarrow", "worker", "fastapi", "starlette", "service.app", "service.routes"],
+            ["torch", "transformers", "pyarrow", "worker", "fastapi", "starlette", "service.app", "service.routes"],
         ),
         (
             modules_of("worker"),

@@ -44,7 +44,6 @@ class ImageProcessing(Word):
 class TextProcessing(Word):
     """The checkpoint's own vocabulary and special ids: `method`, `vocab` and `lowercase` beside it say nothing."""
 
-    strip: Annotated[StrictBool, Field(description="white space at both ends goes")] = False
     lowercase: StrictBool = False
     canonical: Annotated[
         StrictBool, Field(description="ASCII punctuation goes, every run of white space becomes one space")

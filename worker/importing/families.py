@@ -215,19 +215,21 @@ def _sentences(source: Source) -> Found:
     size = integer(config, "dim" if family == "distilbert" else "hidden_size")
     own = f"{prefix}sentence_bert_config.json"
     wanted = source.document(own) if source.has(own) else {}
-    most = _positions(source, prefix, config)
     limit = wanted.get("max_seq_length")
     text_tokens, tokeniser = text_part(
         source,
         prefix,
         config,
-        min(limit, most) if isinstance(limit, int) and limit > 0 else most,
+        _positions(source, prefix, config, limit if isinstance(limit, int) and limit > 0 else None),
         lowercase=bool(wanted.get("do_lower_case", False)),
-        strip=True,
     )
     is_unit = "Normalize" in kinds
     about = "config_sentence_transformers.json"
-    similarity = source.document(about).get("similarity_fn_name") if source.has(about) else None
+    said = source.document(about) if source.has(about) else {}
+    if (prompt := said.get("default_prompt_name")) is not None:
+        message = f"{about}: default_prompt_name is {str(prompt)[:100]!r}; texts with prompts cannot be imported"
+        raise Permanent(message, code="bad_config")
+    similarity = said.get("similarity_fn_name")
     tower = tower_of(
         cast("Family", family),
         text_tokens,
@@ -263,12 +265,17 @@ def _known_mode(mode: str, name: str) -> str:
     return mode
 
 
-def _positions(source: Source, prefix: str, config: dict[str, Any]) -> int:
-    """Return the tokens that a text may have; families that follow RoBERTa count places from behind the padding id."""
+def _positions(source: Source, prefix: str, config: dict[str, Any], limit: int | None = None) -> int:
+    """Return the tokens that a text may have, by a limit if there is one and by the tokeniser's own otherwise.
+
+    Families that follow RoBERTa count places from behind the padding id.
+    """
     most = integer(config, "max_position_embeddings")
     if config.get("model_type") in {"roberta", "xlm-roberta", "mpnet", "clap_text_model"}:
         pad = config.get("pad_token_id")
         most -= (pad if isinstance(pad, int) else 1) + 1
+    if limit is not None:
+        return min(limit, most)
     return longest(tokeniser_settings(source, prefix), most)
 
 

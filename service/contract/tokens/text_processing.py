@@ -26,8 +26,6 @@ def encode(
 
     Raises Invalid naming both numbers, unless `truncate`, for text that is too long.
     """
-    if processing.strip:
-        text = text.strip()
     if processing.lowercase:
         text = text.lower()
     if processing.canonical:

@@ -232,9 +232,7 @@ def test_a_long_sound_is_heard_in_its_middle_and_whole_where_the_model_fuses(
 
 def pooled(folder: Path, model_class: Any, pooling: str) -> torch.Tensor:
     model, tokeniser = model_class.from_pretrained(folder).eval(), hf.AutoTokenizer.from_pretrained(folder)
-    texts = tokeniser(
-        [text.strip() for text in TEXTS], padding=True, truncation=True, max_length=24, return_tensors="pt"
-    )
+    texts = tokeniser(TEXTS, padding=True, truncation=True, max_length=24, return_tensors="pt")
     kept = {name: texts[name] for name in ("input_ids", "attention_mask")}
     with torch.no_grad():
         x = model(**kept).last_hidden_state
@@ -246,6 +244,36 @@ def pooled(folder: Path, model_class: Any, pooling: str) -> torch.Tensor:
             return x.masked_fill(mask == 0, -torch.inf).amax(1)
         case _:
             return (x * mask).sum(1) / mask.sum(1)
+
+
+@pytest.mark.parametrize(
+    ("family", "pooling", "unit"),
+    [("bert", "mean", True), ("mpnet", "cls", False), ("distilbert", "max", True), ("roberta", "mean", False)],
+)
+def test_sentence_transformers_itself_and_what_it_saves_give_the_same_vectors(
+    bench: Any, tmp_path: Path, family: str, pooling: str, unit: bool
+) -> None:
+    sentence_transformers = pytest.importorskip("sentence_transformers", reason="sentence-transformers is missing")
+    folder = checkpoints.make_sentences(tmp_path / family, family=family, pooling=pooling, unit=unit)
+    model = sentence_transformers.SentenceTransformer(str(folder), device="cpu")
+    reference = torch.from_numpy(model.encode([*TEXTS, ""]))
+    model.save_pretrained(str(tmp_path / "saved"))
+    for at, each in enumerate((folder, tmp_path / "saved")):
+        _, loaded = load(bench, each, f"st{at}")
+        assert_alike(ours(loaded, "text", [TextRaw(text) for text in [*TEXTS, ""]]), reference)
+
+
+def test_texts_are_as_long_as_the_checkpoint_lets_them_be(bench: Any, tmp_path: Path) -> None:
+    folder = checkpoints.make_sentences(tmp_path / "bert", limit=24)
+    change("tokenizer_config.json", model_max_length=16)(folder)  # which the library overrules too
+    _, loaded = load(bench, folder)
+    assert loaded.tokenisers["text"].config.max_length == 24
+    (folder / "sentence_bert_config.json").unlink()
+    _, loaded = load(bench, folder, "b")
+    assert loaded.tokenisers["text"].config.max_length == 16
+    change("tokenizer_config.json", model_max_length=10**30)(folder)
+    _, loaded = load(bench, folder, "c")
+    assert loaded.tokenisers["text"].config.max_length == 64  # places
 
 
 @pytest.mark.parametrize(
@@ -456,6 +484,10 @@ def test_what_is_wrong_with_a_checkpoint_is_named(
         (change("1_Pooling/config.json", pooling_mode_mean_tokens=False, pooling_mode_lasttoken=True), "lasttoken"),
         (remove("1_Pooling/config.json"), "1_Pooling/config.json is missing"),
         (change("config.json", model_type="t5"), "t5 cannot be imported"),
+        (
+            lambda folder: (folder / "config_sentence_transformers.json").write_text('{"default_prompt_name": "ask"}'),
+            "texts with prompts cannot be imported",
+        ),
         (lambda folder: (folder / "modules.json").write_text("[]"), "modules.json is no list"),
         (
             lambda folder: (folder / "modules.json").write_text('[{"type": "a.Transformer"}, {"type": "a.Dense"}]'),
