@@ -31,6 +31,16 @@ class Look:
 
 
 @final
+@dataclass(frozen=True)
+class Placed:
+    """What sources put on the places of a bridge, of which the largest on an item is 1, and the squares of that."""
+
+    mass: Float[Tensor, "source place"]
+    square: Float[Tensor, "source place"]
+    peak: Float[Tensor, "source 1"]  # what that 1 was, as a logarithm
+
+
+@final
 class Columns:
     """Exponentials of the scores of targets with the items of a bridge, each target's less its highest."""
 
@@ -61,41 +71,41 @@ class Columns:
         self._peak[chosen] = peak[:, 0].double()
         if self._normalise:
             highest = self._log_share.amax()
-            total = mass @ self._placed((self._log_share - highest).exp()[None].float())[0]
+            share = (self._log_share - highest).exp()[None].float()
+            total = mass @ gather(share, self._place, len(self._z_bridge))[0]
             self._log_offset[chosen] = total.double().log() + self._peak[chosen] + highest
         at = ((self._probe >= chosen.start) & (self._probe < chosen.stop)).nonzero()[:, 0]
         self._square[at] = self._mass[self._probe[at]].square_()
         self._num = chosen.stop
 
-    def sums(self, log_mass: Float[Tensor, "source bridge"], chosen: slice) -> Float[Tensor, "source target"]:
-        """Return sums over the bridge for some targets, of masses whose largest is 1 for each source, in float32."""
-        return self._placed(_relative(log_mass)) @ self._mass[chosen].T
+    def place(self, log_mass: Float[Tensor, "source bridge"]) -> Placed:
+        """Prepare what sources put on the bridge (`Chain.start`) to be summed."""
+        peak = log_mass.amax(1, keepdim=True)
+        mass = (log_mass - peak).exp().float()
+        both = gather(torch.cat([mass, mass.square()]), self._place, len(self._z_bridge))
+        return Placed(both[: len(mass)], both[len(mass) :], peak)
 
-    def look(self, log_mass: Float[Tensor, "source bridge"], total: Float[Tensor, "source target"]) -> Look | None:
+    def sums(self, placed: Placed, chosen: slice) -> Float[Tensor, "source target"]:
+        """Return sums over the bridge for some targets, in float32."""
+        return placed.mass @ self._mass[chosen].T
+
+    def look(self, placed: Placed, total: Float[Tensor, "source target"]) -> Look | None:
         """Finish the sums of all targets.
 
         None: a source and a target lie so far apart that float32 cannot hold their sum, or its square.
         """
-        square = self._placed(_relative(log_mass).square()) @ self._square.T
-        num = log_mass.shape[1]
+        square = placed.square @ self._square.T
+        num = len(self._place)
         if _is_lost(total, num) or _is_lost(square, num):
             return None
         found = total.double()
         sample_size = (found[:, self._probe].square() / square.double()).clamp(1.0, float(num))
-        return Look(found.log() + log_mass.amax(1, keepdim=True) + (self._peak - self._log_offset), sample_size)
+        return Look(found.log() + placed.peak + (self._peak - self._log_offset), sample_size)
 
     def weigh(self, log_mass: Float[Tensor, "source bridge"], targets: Int64[Tensor, " target"]) -> Marginal | None:
         """Do as `estimators.weigh` does for a few targets; None if float32 cannot hold it."""
         mass, peak = self._mass[targets].T, self._peak[targets]
         return weigh_exponentials(log_mass, self._place, mass, peak, self._log_share, normalise=self._normalise)
-
-    def _placed(self, mass: Float[Tensor, "source bridge"]) -> Float[Tensor, "source place"]:
-        """Add up what is put on the items of each place."""
-        return gather(mass, self._place, len(self._z_bridge))
-
-
-def _relative(log_mass: Float[Tensor, "source bridge"]) -> Float[Tensor, "source bridge"]:
-    return (log_mass - log_mass.amax(1, keepdim=True)).exp().float()
 
 
 def _is_lost(total: Float[Tensor, "source target"], num: int) -> bool:

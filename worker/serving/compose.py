@@ -127,15 +127,19 @@ class Composer:
             if self._failure is not None:
                 raise self._failure
             try:
-                next(self._steps, None)
-                if step == self._sizes.num_steps - 1:
-                    for _ in self._steps:  # their number is an estimate, from above
-                        pass
+                with self._sizes.threads():
+                    self._step(is_last=step == self._sizes.num_steps - 1)
             except (RuntimeError, MemoryError, ValueError) as error:
                 self._failure = error
                 raise
             self._num_done = step + 1
         return [None] * len(steps)
+
+    def _step(self, *, is_last: bool) -> None:
+        next(self._steps, None)
+        if is_last:
+            for _ in self._steps:  # their number is an estimate, from above
+                pass
 
     def answer(self) -> tuple[dict[str, Any], Arrays]:
         """Write the document and the tensors of a `ComposeCall`, once all steps are done."""
@@ -294,10 +298,11 @@ class Composer:
 
     def _look_up(self, kept: Columns, log_mass: Float[Tensor, "source bridge"]) -> Generator[None, None, Look | None]:
         parts: list[Tensor] = []
+        mass = kept.place(log_mass)
         for begin in range(0, len(self._target), self._sizes.taken):
-            parts.append(kept.sums(log_mass, slice(begin, begin + self._sizes.taken)))
+            parts.append(kept.sums(mass, slice(begin, begin + self._sizes.taken)))
             yield
-        return kept.look(log_mass, torch.cat(parts, 1))
+        return kept.look(mass, torch.cat(parts, 1))
 
     def _best_of(self, log_ratio: Float[Tensor, "source target"]) -> Best:
         ranking = Ranking(len(log_ratio), self.top_k, device=self.device)

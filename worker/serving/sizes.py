@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Generator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Final, final
+
+import torch
 
 from worker.composition.chains import ROUNDS
 from worker.serving import ways
@@ -16,6 +20,7 @@ if TYPE_CHECKING:
 
 STEP_PRODUCTS: Final = 1 << 29  # multiplications of a step, some ten milliseconds of one core
 PRODUCTS_PER_TOKEN: Final = 1 << 16  # puts a step of composition and a step of embedding on one scale
+SHORT: Final = 1 << 9  # tokens' worth of multiplications, about a millisecond
 BLOCK_VALUES: Final = 1 << 22  # of one matrix of a step: bridge by targets, or sources by bridge
 MAX_WIDTH: Final = 4096
 PROBE: Final = 256  # targets on which the health of a sum is judged, where not all are looked at anyway
@@ -83,6 +88,19 @@ class Sizes:
             products += sum(2 * ROUNDS * first * second * dim for first, second in pairwise(bridges))
         length = max(1, products // steps // PRODUCTS_PER_TOKEN)
         return Sizes(sources, probe, weighed, ranked, carried, added, taken, steps, length)
+
+    @contextmanager
+    def threads(self) -> Generator[None]:
+        """Compute short steps in one thread, which on busy cores takes less time than waiting for others."""
+        num = torch.get_num_threads()
+        if num == 1 or self.length > SHORT:
+            yield
+            return
+        torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(num)
 
 
 def _width(products_each: int, most: int) -> int:

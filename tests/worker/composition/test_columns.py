@@ -43,8 +43,9 @@ def test_what_is_kept_answers_as_the_sum_itself(critic: Critic, weighted: bool, 
     masses = chain.masses(vectors(critic, 5, 4, 5))
     expected = chain.weigh(masses, z_target)
     columns = kept(chain, z_target, probe)
-    total = torch.cat([columns.sums(masses[0], chosen) for chosen in (slice(0, 11), slice(11, 30))], 1)
-    look = columns.look(masses[0], total)
+    placed = columns.place(masses[0])
+    total = torch.cat([columns.sums(placed, chosen) for chosen in (slice(0, 11), slice(11, 30))], 1)
+    look = columns.look(placed, total)
     assert look is not None
     torch.testing.assert_close(look.log_ratio, expected.log_ratio, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(
@@ -65,6 +66,7 @@ def test_sums_that_float32_cannot_hold_are_not_answered() -> None:
     chain = replace(a_chain("cosine", 100.0), bridges=(bridge,))
     columns = kept(chain, -axis, torch.tensor([0]))
     log_mass = chain.start(axis)
-    assert columns.look(log_mass, columns.sums(log_mass, slice(0, 1))) is None
+    placed = columns.place(log_mass)
+    assert columns.look(placed, columns.sums(placed, slice(0, 1))) is None
     assert columns.weigh(log_mass, torch.tensor([0])) is None
     assert math.isfinite(float(chain.weigh([log_mass], -axis).log_ratio))

@@ -187,6 +187,25 @@ def test_nothing_is_kept_of_targets_that_came_with_the_call_or_are_too_many(monk
     assert known.health is not None
 
 
+def test_short_steps_take_one_thread_and_leave_the_others_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    seen: list[int] = []
+
+    def look(way: Way) -> Health:
+        seen.append(torch.get_num_threads())
+        return Health()
+
+    monkeypatch.setattr(ways, "look_at", look)
+    try:
+        composer(summed()).answer_at_once()
+        monkeypatch.setattr(sizes, "SHORT", 0)
+        composer(summed()).answer_at_once()
+        assert (seen, torch.get_num_threads()) == ([1, 2], 2)
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_the_steps_of_a_question_go_through_the_batcher_in_their_order(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"ALL": 0, "PROBE": 3, "STEP_PRODUCTS": 1 << 12}.items():
         monkeypatch.setattr(sizes, name, value)
