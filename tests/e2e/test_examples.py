@@ -57,6 +57,14 @@ def digits(tmp_path: Path) -> Path:
     return folder
 
 
+def shrink_into(folder: Path, **text: Any) -> None:
+    """Write the recipes of the models apart as they shrink; `text` is said of the text tokens of one of them."""
+    for name, more in (("pictures", text), ("sounds", {})):
+        recipe = shrink(read_recipe(APART / f"{name}.json"))
+        recipe["towers"]["text"]["tokens"] |= more
+        (folder / f"{name}.json").write_text(json.dumps(recipe))
+
+
 def shrink(recipe: dict[str, Any]) -> dict[str, Any]:
     """Return the recipe with all that it says, in a form that learns in a second, and little."""
     towers = {name: tower | {"width": 16, "depth": 1} for name, tower in recipe["towers"].items()}
@@ -143,11 +151,14 @@ def test_no_data_set_is_learned_from_by_both_models() -> None:
 def test_models_that_were_trained_apart_are_refused_direct_and_composed(
     serve: Any, digits: Path, tmp_path: Path
 ) -> None:
-    for name in ("pictures", "sounds"):
-        (tmp_path / f"{name}.json").write_text(json.dumps(shrink(read_recipe(APART / f"{name}.json"))))
+    shrink_into(tmp_path)
     with serve(tmp_path / "data") as running:
-        wanted = ["--url", running.url, "--recipes", tmp_path, "--out", tmp_path / "found.json"]
-        done = run(APART, digits, *wanted)
+        wanted = ["--url", running.url, "--recipes", tmp_path]
+        done = run(APART, digits, *wanted, "--out", tmp_path / "found.json")
+        shrink_into(tmp_path, method="bpe", vocab=280)
+        other = run(APART, digits, *wanted)
+    assert other.returncode == 1
+    assert "the two models tokenise 'text' differently: give the bridge items with `through`" in other.stderr
     assert done.returncode == 0, done.stdout + done.stderr
     assert "422 encoders_differ: the two models encode 'text' differently" in done.stdout
     found = json.loads((tmp_path / "found.json").read_text())
