@@ -43,7 +43,9 @@ def imported(running: Any, folder: Path, name: str, **fields: Any) -> dict[str, 
 
 
 @needs_minilm
-def test_a_real_text_model_is_served_and_locked_under_our_own_towers(running: Any, pairs: Any, recipe: Any) -> None:
+def test_a_real_text_model_is_served_and_locked_under_our_own_towers(
+    running: Any, pairs: Any, recipe: Any, draw: Any
+) -> None:
     folder = minilm()
     result = imported(running, folder, "minilm")
     assert (result["modalities"], result["dimensions"], result["logit_scales"]) == (["text"], 384, {})
@@ -67,19 +69,27 @@ def test_a_real_text_model_is_served_and_locked_under_our_own_towers(running: An
     )
     assert refused.status_code == 422, refused.text
 
-    drawings = running.upload("drawings", pairs("png", 96))["id"]
-    document = recipe({"image": drawings}, steps=15, batch_size=16)
+    datasets = {
+        "image": running.upload("drawings", pairs("png", 96)),
+        "audio": running.upload("tones", pairs("wav", 96)),
+    }
+    document = recipe({name: made["id"] for name, made in datasets.items()}, steps=10, batch_size=16)
     text = {"kind": "inherited", "init_from": {"model": "minilm"}, "locked": True}
     document["towers"]["text"] = text
     refused = running.http.post("/v1/jobs", json={"kind": "train", "recipe": document})
     assert refused.status_code == 422
     assert "new_readout" in refused.json()["error"]["message"], refused.text
     document["towers"]["text"] = text | {"new_readout": True}
-    job = running.post("/v1/jobs", {"kind": "train", "name": "drawings", "recipe": document})
+    job = running.post("/v1/jobs", {"kind": "train", "name": "lit", "recipe": document})
     running.wait(job["id"], timeout_s=240)
     assert running.http.delete("/v1/models/minilm").status_code == 200
-    answer = running.post("/v1/embeddings", {"model": "drawings", "input": ["a drawing of two", "a drawing of five"]})
+    answer = running.post("/v1/embeddings", {"model": "lit", "input": ["a drawing of two", "a drawing of five"]})
     assert {len(each["embedding"]) for each in answer["data"]} == {32}
+    question = {"model": "lit", "source": draw("image", 2), "target": draw("audio", 3), "method": "marginal"}
+    answer = running.post("/v1/compose", question)
+    for row in answer["data"]:
+        assert row["diagnostics"]["through"] == "text"
+        assert [match["index"] for match in sorted(row["matches"], key=lambda match: match["index"])] == [0, 1, 2]
 
 
 def test_clip_and_clap_compose_by_the_texts_that_both_read(running: Any, tmp_path: Path, draw: Any) -> None:
