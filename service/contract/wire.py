@@ -70,7 +70,7 @@ class ComposeLeg(Word):
 
 
 class ComposeCall(Word):
-    """Compose vectors that were embedded before.
+    """Compose vectors that were embedded before, or with `source_items` a source that is embedded on the way.
 
     Tensors: `source` (source, d1) in legs[0].from, `target` (target, d2) in legs[-1].to, and, unless `bank`,
     for the bridge between legs j and j + 1 `bridge.{2j}` (bridge, d1) and `bridge.{2j+1}` (bridge, d2): the same items
@@ -92,6 +92,9 @@ class ComposeCall(Word):
     bank: Annotated[bool, Field(description="take bridges that are not among the tensors from the models' banks")]
     log_prior: Annotated[bool, Field(description="`log_prior` (target,) is among the tensors")] = False
     sets: dict[str, SetRef] = Field(default_factory=dict[str, SetRef], description="tensor -> where it lies")
+    source_items: Annotated[
+        bool, Field(description="in place of `source`: `source.{values, lengths, owners}`, those of an EmbedCall")
+    ] = False
     top_k: int
 
 

@@ -169,11 +169,14 @@ def write(parts: list[Part]) -> bytes:
     first = parts[0][0]
     if not first.items:
         return pack(first.document, first.arrays)
-    items = [item for request, (begin, end) in parts for item in request.items[begin:end]]
+    return pack(first.document, as_arrays([item for request, part in parts for item in request.items[slice(*part)]]))
+
+
+def as_arrays(items: list[list[np.ndarray]]) -> Arrays:
+    """Lay the token sequences of items end to end, as an EmbedCall has them."""
     sequences = [sequence for item in items for sequence in item]
-    arrays = {
+    return {
         "values": np.concatenate(sequences),
         "lengths": np.array([len(sequence) for sequence in sequences], np.int32),
         "owners": np.repeat(np.arange(len(items), dtype=np.int32), [len(item) for item in items]),
     }
-    return pack(first.document, arrays)

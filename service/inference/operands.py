@@ -11,7 +11,7 @@ from typing_extensions import TypeIs
 
 from service import embedding_sets
 from service.catalogue import Model
-from service.contract.errors import Invalid
+from service.contract.errors import Invalid, IsthmusError
 from service.contract.items import AnyItem
 from service.contract.joints import check_weights
 from service.contract.operations import EmbeddingSetRef
@@ -19,10 +19,13 @@ from service.contract.wire import Arrays, SetRef
 from service.deps import Service
 from service.inference.inputs import Timings, Tokenised, embed, listed, places, tokenise
 from service.inference.legs import Way, check_bank_bridge
+from service.inference.line import as_arrays
 from service.known_sets import Operand
 
 Given = AnyItem | list[AnyItem] | EmbeddingSetRef
 Bridge = Given | list[EmbeddingSetRef]
+MAX_SENT_TOKENS: Final = 2048
+"""Of items that travel with a question: more are embedded first, in calls that others can come between."""
 MAX_BRIDGE_BYTES: Final = 512 << 20
 """Of one side of a bridge: it is held on the device while targets stream by."""
 
@@ -75,6 +78,20 @@ class Reader:
             return
         encoded = await embed(self.service, side.model, side.given.tokenised, side.given.at, self.timings)
         found.arrays[tensor] = encoded.vectors
+
+    def send(self, side: Side, tensor: str, found: Tensors) -> bool:
+        """Put the tokens of a side among the tensors: the worker embeds them on the way, one call in place of two.
+
+        False: there are too many, or some are vectors, sums or a set, which `embed` is for.
+        """
+        if isinstance(side.given, Operand) or side.num_tokens > MAX_SENT_TOKENS:
+            return False
+        items = side.given.tokenised
+        if any(each.vector is not None or each.parts for each in items):
+            return False
+        arrays = as_arrays([each.sequences for each in items])
+        found.arrays.update({f"{tensor}.{name}": array for name, array in arrays.items()})
+        return True
 
     async def add_bridges(self, way: Way, found: Tensors) -> int:
         """Put the bridges that the request gives among the tensors, with their weights; count their tokens.
@@ -171,6 +188,12 @@ class Side:
     def num_tokens(self) -> int:
         """Tokens that are read for it."""
         return sum(tokens.num_tokens for tokens in self.given.tokenised) if isinstance(self.given, Items) else 0
+
+    def blamed(self, error: IsthmusError) -> IsthmusError:
+        """Name the place of the item that an error of its embedding is about."""
+        if error.item is not None and isinstance(self.given, Items) and error.item < len(self.given.at):
+            error.param = self.given.at[error.item]
+        return error
 
     def __len__(self) -> int:
         return len(self.given.tokenised) if isinstance(self.given, Items) else self.given.about.num_vectors

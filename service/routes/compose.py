@@ -10,7 +10,7 @@ import numpy as np
 from fastapi import APIRouter, Response
 from jaxtyping import Float32
 
-from service.contract.errors import Invalid, NotFound, TooLarge, UnsupportedMedia
+from service.contract.errors import Invalid, IsthmusError, NotFound, TooLarge, UnsupportedMedia
 from service.contract.operations import ComposeRequest, ComposeResponse
 from service.contract.priors import as_log_prior
 from service.contract.vectors import Strings
@@ -50,7 +50,9 @@ async def create(service: Running, caller: Inferrer, body: ComposeRequest) -> Re
     check_matches(len(source), top_k)
     log_prior = _log_prior(body, len(target))
     tensors = Tensors()
-    await reader.embed(source, "source", tensors)
+    is_sent = reader.send(source, "source", tensors)
+    if not is_sent:
+        await reader.embed(source, "source", tensors)
     await reader.embed(target, "target", tensors)
     if body.prior is not None:
         tensors.arrays["log_prior"] = log_prior
@@ -61,10 +63,13 @@ async def create(service: Running, caller: Inferrer, body: ComposeRequest) -> Re
         bank=any(f"bridge.{2 * at}" not in tensors for at in range(len(way.legs) - 1)),
         log_prior=body.prior is not None,
         sets=tensors.sets,
+        source_items=is_sent,
         top_k=top_k,
     )
-    arrays = tensors.arrays
-    document, found, spent = await service.gateway.compose(call, arrays)
+    try:
+        document, found, spent = await service.gateway.compose(call, tensors.arrays)
+    except IsthmusError as error:
+        raise source.blamed(error) if is_sent else error from None
     timings.add(spent.queue_ms, spent.inference_ms)
     num_tokens = source.num_tokens + target.num_tokens + num_bridge_tokens
     names = [body.model] if body.model is not None else [leg.model for leg in body.legs or []]

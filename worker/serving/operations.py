@@ -21,12 +21,13 @@ from worker.serving.ways import Compared
 
 if TYPE_CHECKING:
     from service.contract.diagnostics import PairDiagnostics
-    from service.contract.wire import AnyCall, Arrays
+    from service.contract.wire import AnyCall, Arrays, ModelRef
     from worker.learning.model import Loaded
     from worker.serving.bridge import Bridges
     from worker.serving.residency import Residency
     from worker.serving.sets import Sets
 
+ITEMS: Final = ("values", "lengths", "owners")
 _number: Final = count()
 
 
@@ -71,19 +72,35 @@ async def answer(parts: Parts, call: AnyCall, arrays: Arrays, *, deadline: float
 
 
 async def _embed(parts: Parts, call: EmbedCall, arrays: Arrays, deadline: float) -> Answer:
-    loaded = await parts.residency.get(call.model)
+    return await _vectors(parts, call.model, call.modality, arrays, deadline)
+
+
+async def _vectors(parts: Parts, model: ModelRef, modality: str, arrays: Arrays, deadline: float) -> Answer:
+    loaded = await parts.residency.get(model)
     ticket = Ticket(
-        group=("embed", call.model.artifact, call.modality),
-        pace=(call.model.artifact, call.modality),
-        run=lambda items: encode_items(loaded, call.modality, parts.device, items),
-        entries=entries(loaded, call.modality, arrays),
+        group=("embed", model.artifact, modality),
+        pace=(model.artifact, modality),
+        run=lambda items: encode_items(loaded, modality, parts.device, items),
+        entries=entries(loaded, modality, arrays),
         deadline=deadline,
     )
     vectors = await parts.batcher.submit(ticket)
     return Answer({}, {"vectors": np.stack(vectors)}, ticket.queue_ms, ticket.inference_ms)
 
 
+async def _embed_source(parts: Parts, call: ComposeCall, arrays: Arrays, deadline: float) -> Answer:
+    """Put the vectors of the source in place of its tokens."""
+    sent = {name: arrays.pop(f"source.{name}") for name in ITEMS if f"source.{name}" in arrays}
+    found = await _vectors(parts, call.legs[0].model, call.legs[0].from_, sent, deadline)
+    arrays["source"] = found.arrays["vectors"]
+    return found
+
+
 async def _compose(parts: Parts, call: ComposeCall, sent: Arrays, deadline: float) -> Answer:
+    before: Answer | None = None
+    if call.source_items and call.legs:
+        sent = dict(sent)
+        before = await _embed_source(parts, call, sent, deadline)
     sets = await parts.sets.open(call.sets)
     arrays = sent | {name: each.z for name, each in sets.items()}
     composer = await composer_of(parts, call, arrays)
@@ -99,7 +116,10 @@ async def _compose(parts: Parts, call: ComposeCall, sent: Arrays, deadline: floa
     if (target := sets.get("target")) is not None and target.keys is not None:
         keys = target.keys.take(found["index"].reshape(-1))
         found |= {"key.bytes": keys.data, "key.ends": keys.ends}
-    return Answer(document, found, ticket.queue_ms, ticket.inference_ms)
+    spent = [ticket.queue_ms, ticket.inference_ms]
+    if before is not None:
+        spent = [spent[0] + before.queue_ms, spent[1] + before.inference_ms]
+    return Answer(document, found, *spent)
 
 
 async def _examine(parts: Parts, call: ExamineCall, deadline: float) -> Answer:

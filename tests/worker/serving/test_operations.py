@@ -19,6 +19,7 @@ from service.contract.wire import Arrays, ComposeAnswer, ModelRef, call_adapter
 from worker.composition.chains import Bridge, Chain
 from worker.composition.streaming import Link
 from worker.learning.model import Loaded, load_model
+from worker.learning.ragged import Ragged
 from worker.serving.batcher import Batcher
 from worker.serving.bridge import Bridges
 from worker.serving.compose import Composer
@@ -68,6 +69,7 @@ def ask(models: Store, refs: dict[str, ModelRef]) -> Iterator[Callable[..., Answ
                 "method": method,
                 "bank": bank,
                 "log_prior": "log_prior" in arrays,
+                "source_items": "source.values" in arrays,
                 "top_k": top_k,
             }
             call = call_adapter.validate_python(document)
@@ -104,6 +106,30 @@ def expected_marginal(source: np.ndarray, target: np.ndarray, bridges: tuple[np.
 
 def bank_of(loaded: Loaded, modality: str, *pairs: str) -> np.ndarray:
     return np.concatenate([loaded.banks[pair].vectors[modality].numpy() for pair in pairs])
+
+
+def test_a_source_that_comes_as_tokens_is_embedded_on_the_way(ask: Any, loaded: dict[str, Loaded]) -> None:
+    legs, rng = (("one", "code", "text"), ("one", "text", "state")), np.random.default_rng(0)
+    target = unit(rng, 7)
+    sequences = [[rng.integers(0, 50, length).astype(np.int32)] for length in (3, 5)]
+    with torch.inference_mode():
+        source = loaded["one"].model.encode("code", Ragged.from_sequences(sequences)).numpy()
+    items = {
+        "source.values": np.concatenate([item[0] for item in sequences]),
+        "source.lengths": np.array([3, 5], np.int32),
+        "source.owners": np.array([0, 1], np.int32),
+    }
+    found = ask(*legs, method="marginal", arrays=items | {"target": target})
+    expected = ask(*legs, method="marginal", arrays={"source": source, "target": target})
+    np.testing.assert_array_equal(found.arrays["index"], expected.arrays["index"])
+    np.testing.assert_allclose(found.arrays["log_ratio"], expected.arrays["log_ratio"], atol=1e-4)
+    items["source.values"] = np.full_like(items["source.values"], 50)
+    with pytest.raises(Invalid, match="token id 50") as wrong:
+        ask(*legs, method="marginal", arrays=items | {"target": target})
+    assert wrong.value.item == 0
+    del items["source.owners"]
+    with pytest.raises(Malformed, match="values, lengths and owners"):
+        ask(*legs, method="marginal", arrays=items | {"target": target})
 
 
 def test_marginal_through_the_bank_is_lemma_1(ask: Any, loaded: dict[str, Loaded]) -> None:
