@@ -66,6 +66,7 @@ REQUESTS: Final = 50
 """Of each kind in a round of part d; of the large ones one in so many."""
 FEW: Final = 10
 Peers = dict[sums.Kind, Process]
+Call = Callable[[int], Awaitable[object]]
 
 
 def alone(
@@ -177,30 +178,14 @@ async def online(report: Report, url: str, ready: served.Served, rounds: int) ->
     async def from_vectors(_: int) -> object:
         return await connection.send("/v1/compose", sent)
 
-    calls: dict[str, Callable[[int], Awaitable[object]]] = {
+    calls: dict[str, Call] = {
         "embed one text": connection.embed,
         f"compose it with a set of {len(rows):,}": compose,
         "compose a vector with the set": from_vector,
         f"compose a vector with {len(rows):,} vectors sent": from_vectors,
     }
-    p50: dict[str, list[float]] = {name: [] for name in calls}
-    costs: dict[str, list[float]] = {name: [] for name in calls}
-    for turn in range(rounds + 1):
-        times: dict[str, list[float]] = {name: [] for name in calls}
-        for at in range(REQUESTS):
-            for name, call in calls.items():
-                if call is from_vectors and at % FEW:
-                    continue  # 5 MB of JSON that have to be read
-                began = time.perf_counter()
-                await call(at)
-                times[name].append(1000 * (time.perf_counter() - began))
-        for name, call in calls.items() if turn else ():
-            p50[name].append(float(np.median(times[name])))
-            num = REQUESTS // FEW if call is from_vectors else REQUESTS
-            began = ready.cpu_s()
-            for at in range(num):
-                await call(at)
-            costs[name].append(1000 * (ready.cpu_s() - began) / num)
+    sends = list(calls)[-1]
+    p50, costs = await timed(ready, calls, rounds, apart=sends)
     connection.close()
     report.head("Over HTTP, one request after the other", "p50, ms", "CPU ms")
     for name in calls:
@@ -212,6 +197,37 @@ async def online(report: Report, url: str, ready: served.Served, rounds: int) ->
     report.told("CPU ms that it adds, all processes and threads", interval(spent))
     for name in others:
         report.told(f"ms beside embedding, {name}", interval(difference[name]))
+
+
+async def timed(
+    ready: served.Served, calls: dict[str, Call], rounds: int, *, apart: str
+) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    """Return the p50 of each call in each round, and the CPU time of all the service's processes, milliseconds."""
+    p50: dict[str, list[float]] = {name: [] for name in calls}
+    costs: dict[str, list[float]] = {name: [] for name in calls}
+    for turn in range(rounds + 1):
+        times: dict[str, list[float]] = {name: [] for name in calls}
+        for at in range(REQUESTS):
+            for name, call in calls.items():
+                if name != apart:
+                    times[name].append(await took_ms(call, at))
+        # By itself: after 5 MB of JSON everything else is slow for a moment.
+        for at in range(REQUESTS // FEW):
+            times[apart].append(await took_ms(calls[apart], at))
+        for name, call in calls.items() if turn else ():
+            p50[name].append(float(np.median(times[name])))
+            began = ready.cpu_s()
+            for at in range(len(times[name])):
+                await call(at)
+            costs[name].append(1000 * (ready.cpu_s() - began) / len(times[name]))
+    return p50, costs
+
+
+async def took_ms(call: Call, at: int) -> float:
+    """Return how long a call takes."""
+    began = time.perf_counter()
+    await call(at)
+    return 1000 * (time.perf_counter() - began)
 
 
 def whole(report: Report, sizes: served.Sizes, rounds: int) -> None:
