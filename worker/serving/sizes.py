@@ -12,13 +12,15 @@ from typing import TYPE_CHECKING, Final, final
 import torch
 
 from worker.composition.chains import ROUNDS
+from worker.composition.streaming import BLOCK_SCORES, ROWS
 from worker.serving import ways
 from worker.serving.ways import Summed, Way
 
 if TYPE_CHECKING:
     from worker.serving.known import Known
 
-STEP_PRODUCTS: Final = 1 << 29  # multiplications of a step, some ten milliseconds of one core
+STEP_PRODUCTS: Final = 1 << 31  # multiplications of a step, some thirty milliseconds of one core
+COLUMNS: Final = BLOCK_SCORES["cpu"] // ROWS  # targets that a sum takes at once: a few left over cost as much
 PRODUCTS_PER_TOKEN: Final = 1 << 16  # puts a step of composition and a step of embedding on one scale
 SHORT: Final = 1 << 9  # tokens' worth of multiplications, about a millisecond
 BLOCK_VALUES: Final = 1 << 22  # of one matrix of a step: bridge by targets, or sources by bridge
@@ -53,6 +55,7 @@ class Sizes:
         per_target = bridges[-1] * (dim + sources) if is_sum else sources * dim
         per_weighed = bridges[-1] * (dim + 6 * sources) if is_sum else 1
         ranked = _width(per_target, max(1, BLOCK_VALUES // sources))
+        ranked -= ranked % COLUMNS if ranked > COLUMNS else 0
         weighed = _width(per_weighed, max(1, BLOCK_VALUES // largest))
         if len(bridges) > 1:
             weighed = max(weighed, min(PROBE, num))  # every step goes over all scores between two bridges
