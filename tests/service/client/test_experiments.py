@@ -67,7 +67,7 @@ def test_experiments_run_on_a_bare_checkout(tmp_path: Path, capfd: pytest.Captur
     for name in ("completeness", "certificate"):
         report = ExperimentReport.model_validate_json((out / name / "report.json").read_bytes())
         assert report.verdict == "reported"
-        assert (out / name / "report.html").read_text().startswith("<!doctype html>")
+        assert (out / name / "report.html").read_text().startswith("<!DOCTYPE html>")
     assert list((out / "certificate").glob("*.png"))
     assert said.index("\ncertificate: ") < said.index("\ncompleteness: "), "in the order of the list"
 
