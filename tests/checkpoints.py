@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers as hf
+import transformers
 from tokenizers import Tokenizer
 from tokenizers.models import BPE, WordPiece
 from tokenizers.normalizers import Lowercase
 from tokenizers.pre_tokenizers import ByteLevel, Whitespace
 from tokenizers.trainers import BpeTrainer, WordPieceTrainer
 
+hf: Any = transformers  # whose classes take whatever a configuration may say
 SENTENCES = [
     "a photo of a cat that sits on a mat",
     "A dog, barking loudly in the rain!",
@@ -35,12 +36,13 @@ def _bytes_bpe(special: list[str], suffix: str = "") -> tuple[dict[str, int], li
     tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
     if suffix:
         tokenizer.normalizer = Lowercase()
+    ending: dict[str, Any] = {"end_of_word_suffix": suffix} if suffix else {}
     trainer = BpeTrainer(
         vocab_size=700,
         special_tokens=special,
         initial_alphabet=ByteLevel.alphabet(),
         show_progress=False,
-        **({"end_of_word_suffix": suffix} if suffix else {}),
+        **ending,
     )
     tokenizer.train_from_iterator(SENTENCES * 4, trainer)
     model = json.loads(tokenizer.to_str())["model"]
@@ -75,7 +77,7 @@ def clip_tokeniser() -> Any:
 def make_clip(folder: Path, *, image_size: int = 30, patch: int = 6, **processing: Any) -> Path:
     torch.manual_seed(1)
     tokeniser = clip_tokeniser()
-    ids = {"bos_token_id": tokeniser.bos_token_id, "eos_token_id": tokeniser.eos_token_id}
+    ids: dict[str, Any] = {"bos_token_id": tokeniser.bos_token_id, "eos_token_id": tokeniser.eos_token_id}
     text = hf.CLIPTextConfig(**SMALL, **ids, vocab_size=len(tokeniser), max_position_embeddings=20, pad_token_id=1)
     vision = hf.CLIPVisionConfig(**SMALL, image_size=image_size, patch_size=patch)
     model = hf.CLIPModel(hf.CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=24))
@@ -177,6 +179,8 @@ def make_clap(folder: Path, *, fused: bool, **processing: Any) -> Path:
     model = hf.ClapModel(config)
     for module in model.modules():
         if isinstance(module, torch.nn.BatchNorm2d):  # as measured on decibels
+            assert module.running_mean is not None
+            assert module.running_var is not None
             module.running_mean.fill_(-40.0)
             module.running_var.fill_(300.0)
     sounds = hf.ClapFeatureExtractor(
@@ -219,7 +223,7 @@ def make_sentences(
             vocab = _pieces(["<s>", "[UNK]", "<pad>", "</s>", "<mask>", "<unk>"])
             vocab["<pad>"], vocab["[UNK]"] = vocab["[UNK]"], vocab["<pad>"]
             tokeniser = hf.MPNetTokenizer(vocab=vocab)
-            ids = {"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 3}
+            ids: dict[str, Any] = {"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 3}
             model = hf.MPNetModel(hf.MPNetConfig(**SMALL, **ids, vocab_size=len(tokeniser), max_position_embeddings=64))
         case _:
             tokeniser = roberta_tokeniser()

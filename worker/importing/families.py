@@ -124,7 +124,7 @@ def _siglip(source: Source, raw: dict[str, Any]) -> Found:
         lowercase=name == "Siglip2Tokenizer" or (is_first and bool(settings.get("do_lower_case", True))),
         canonical=is_first,
         pad=side,
-        pad_id=_pad_id(source, settings, "</s>" if is_first else "<pad>"),
+        pad_token=_pad_token(settings, "</s>" if is_first else "<pad>"),
     )
     return Found(
         architecture="SigLIP",
@@ -279,15 +279,6 @@ def _positions(source: Source, prefix: str, config: dict[str, Any], limit: int |
     return longest(tokeniser_settings(source, prefix), most)
 
 
-def _pad_id(source: Source, settings: dict[str, Any], default: str) -> int:
+def _pad_token(settings: dict[str, Any], default: str) -> str:
     token = settings.get("pad_token", default)
-    if isinstance(token, dict):
-        token = cast("dict[str, Any]", token).get("content")
-    if not source.has("tokenizer.json"):
-        return 0  # which `text_part` refuses
-    document = source.document("tokenizer.json")
-    listed = document.get("added_tokens")
-    for added in cast("list[object]", listed) if isinstance(listed, list) else ():
-        if isinstance(added, dict) and cast("dict[str, Any]", added).get("content") == token:
-            return integer(cast("dict[str, Any]", added), "id", least=0, file="tokenizer.json")
-    raise Permanent(f"tokenizer.json has no padding token {str(token)[:50]!r}", code="bad_config")
+    return str(cast("dict[str, Any]", token).get("content") if isinstance(token, dict) else token)

@@ -110,16 +110,14 @@ def settings_of(raw: dict[str, Any], configuration: str, member: str | None, **c
     return {name: value for name, value in settings.items() if name in known and name not in UNSAID} | changes
 
 
-def integer(
-    config: dict[str, Any], name: str, default: int | None = None, *, least: int = 1, file: str = "config.json"
-) -> int:
-    """Return a whole number from a configuration.
+def integer(config: dict[str, Any], name: str, default: int | None = None) -> int:
+    """Return a whole number above zero from a configuration.
 
-    Raises Permanent if it is none, or less than the least.
+    Raises Permanent if it is none.
     """
     value = config.get(name, default)
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise Permanent(f"{file}: {name} is no whole number of at least {least}", code="bad_config")
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise Permanent(f"config.json: {name} is no whole number above zero", code="bad_config")
     return value
 
 
@@ -241,9 +239,15 @@ def _square(size: Any, file: str) -> int:
 
 
 def text_part(
-    source: Source, prefix: str, config: dict[str, Any], max_length: int, **processing: Any
+    source: Source,
+    prefix: str,
+    config: dict[str, Any],
+    max_length: int,
+    *,
+    pad_token: str | None = None,
+    **processing: Any,
 ) -> tuple[TextTokens, bytes]:
-    """Read how text becomes ids; `processing` as the family asks for, with `pad` the side to fill up.
+    """Read how text becomes ids; `processing` as the family asks for, with `pad` the side to fill up with `pad_token`.
 
     Raises Permanent if there is no tokenizer.json, or it does not fit the model.
     """
@@ -256,13 +260,21 @@ def text_part(
         with decoding(name):
             file = plain_file(data)
             tokenizer = Tokenizer.from_str(file.decode())
+            special = tokenizer.encode("").ids  # which need not be those of its vocabulary
     except Invalid as error:
         raise Permanent(f"{name} is no tokeniser's file", code="bad_file") from error
     if tokenizer.num_special_tokens_to_add(is_pair=False) >= max_length:
         raise Permanent(f"{name} adds more special tokens than the model takes tokens", code="bad_config")
-    last, rows = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=0), integer(config, "vocab_size")
+    last, rows = (
+        max(*special, *tokenizer.get_vocab(with_added_tokens=True).values(), 0, 0),
+        integer(config, "vocab_size"),
+    )
     if last >= rows:
         raise Permanent(f"{name} has ids up to {last}, and the model has {rows} of them", code="wrong_shapes")
+    if pad_token is not None:
+        processing["pad_id"] = tokenizer.token_to_id(pad_token)
+        if processing["pad_id"] is None:
+            raise Permanent(f"{name} has no padding token {pad_token[:50]!r}", code="bad_config")
     make = lambda: TextTokens(max_length=max_length, processing=TextProcessing(**processing))  # noqa: E731
     return validated(make, name), file
 

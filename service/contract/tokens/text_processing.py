@@ -15,6 +15,7 @@ from tokenizers import Tokenizer
 from service.contract.errors import Invalid
 from service.contract.modality import TextTokens
 from service.contract.processing import TextProcessing
+from service.contract.tokens.decode import decoding
 
 _WITHOUT_PUNCTUATION: Final = str.maketrans("", "", string.punctuation)
 
@@ -24,13 +25,18 @@ def encode(
 ) -> Int32[np.ndarray, " token"]:
     """Turn text into ids, the special ones around it and, if asked for, padding included.
 
-    Raises Invalid naming both numbers, unless `truncate`, for text that is too long.
+    Raises Invalid naming both numbers, unless `truncate`, for text that is too long, and for text that the checkpoint's
+    tokeniser cannot read.
     """
     if processing.lowercase:
         text = text.lower()
     if processing.canonical:
         text = " ".join(text.translate(_WITHOUT_PUNCTUATION).split())
-    encoding = tokenizer.encode(text)
+    try:
+        with decoding("text"):  # a stranger's tokeniser may have no id for what it does not know
+            encoding = tokenizer.encode(text)
+    except Invalid as error:
+        raise Invalid("the model's own tokeniser cannot read the text", code="not_readable") from error
     ids, limit = np.asarray(encoding.ids, np.int32), config.max_length
     if len(ids) > limit:
         if not truncate:

@@ -20,7 +20,7 @@ from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 from torch.nn import functional
 
-from service.contract.errors import Permanent
+from service.contract.errors import Invalid, Permanent
 from service.contract.jobs import ImportModelArgs, ImportModelResult
 from service.contract.tokens.tokenise import EncodedRaw, Raw, TextRaw, WaveRaw
 from service.contract.towers import PretrainedTower
@@ -523,6 +523,36 @@ def test_a_checkpoint_does_not_say_how_it_is_run(bench: Any, clip: Path, tmp_pat
         for name in ("_attn_implementation", "attn_implementation"):
             with pytest.raises(ValidationError, match="nothing of how they run"):
                 PretrainedTower.model_validate(tower.model_dump() | {"config": tower.config | {name: "somebody/code"}})
+
+
+def test_special_ids_and_padding_that_the_model_has_no_row_for_are_named(bench: Any, tmp_path: Path) -> None:
+    folder = checkpoints.make_sentences(tmp_path / "bert")
+    document = json.loads((folder / "tokenizer.json").read_text())
+    document["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [{"SpecialToken": {"id": "[CLS]", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
+        "special_tokens": {"[CLS]": {"id": "[CLS]", "ids": [70_000], "tokens": ["[CLS]"]}},
+    }
+    (folder / "tokenizer.json").write_text(json.dumps(document))
+    with pytest.raises(Permanent, match="ids up to 70000"):
+        load(bench, folder)
+    folder = checkpoints.make_siglip(tmp_path / "siglip", second=False)
+    change("tokenizer_config.json", pad_token="<none>")(folder)
+    with pytest.raises(Permanent, match="no padding token '<none>'"):
+        load(bench, folder, "b")
+
+
+def test_a_text_that_the_checkpoints_tokeniser_cannot_read_is_refused(bench: Any, tmp_path: Path) -> None:
+    folder = checkpoints.make_sentences(tmp_path / "bert")
+    document = json.loads((folder / "tokenizer.json").read_text())
+    vocab = document["model"]["vocab"]
+    document["model"] = {"type": "WordLevel", "vocab": vocab, "unk_token": "[NONE]"}
+    (folder / "tokenizer.json").write_text(json.dumps(document))
+    _, loaded = load(bench, folder)
+    assert len(loaded.tokenisers["text"](TextRaw(""))[0]) == 2
+    with pytest.raises(Invalid, match="own tokeniser cannot read"):
+        loaded.tokenisers["text"](TextRaw("zebra"))
 
 
 def test_a_medium_that_is_not_there_cannot_be_named(bench: Any, clip: Path) -> None:
