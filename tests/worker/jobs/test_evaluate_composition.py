@@ -135,7 +135,7 @@ def test_few_samples_of_all_three_have_their_reason(trained: Any) -> None:
     payloads = {"imu": npy(np.ones((4, 3), np.float32)), "codes": npy(np.ones(3, np.int32)), "text": b"a one"}
     rows = [(f"s{at}", payloads, "one", True) for at in range(20)]
     bench.publish("ds_few", {"imu": "continuous", "codes": "discrete", "text": "text"}, rows)
-    report, _ = run(bench, "job_few", datasets=["ds_few"])
+    report, _ = run(bench, "job_few_triples", datasets=["ds_few"])
     assert all(entry.calibration == entry.independence == [] for entry in report.composition)
     reasons = {each.reason for each in report.left_out}
     assert any("20 samples hold all three" in each for each in reasons)
