@@ -8,21 +8,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final, assert_never, final
 
 import numpy as np
 import torch
 
-from service.contract.wire import ComposeAnswer
 from worker.composition.chains import Chain, Ending, Offsets, balancing, carry
 from worker.composition.choice import choose
 from worker.composition.columns import Columns, Look
 from worker.composition.diagnostics import spearman
-from worker.composition.estimators import TRUSTED_SAMPLE_SIZE, Marginal, direct
+from worker.composition.estimators import Marginal, direct
 from worker.composition.search import Best, Ranking
 from worker.learning import critics
 from worker.serving import ways
+from worker.serving.answers import Found, number, write
 from worker.serving.batcher import Entry
 from worker.serving.encode import within_memory
 from worker.serving.sizes import Sizes
@@ -38,19 +38,6 @@ if TYPE_CHECKING:
 
 MAX_KEPT_VALUES: Final = 1 << 22
 """Of targets that stay on the device between steps; more are read again from their file."""
-
-
-@final
-@dataclass(frozen=True)
-class Found:
-    """What was found for a few sources; tensors of no meaning for a way are None."""
-
-    best: Best
-    is_ratio: bool
-    standard_error: Float[Tensor, "source best"] | None = None
-    bias: Float[Tensor, "source best"] | None = None
-    sample_size: Float[Tensor, " source"] | None = None
-    rank_agreement: Float[Tensor, " source"] | None = None
 
 
 @final
@@ -143,52 +130,8 @@ class Composer:
 
     def answer(self) -> tuple[dict[str, Any], Arrays]:
         """Write the document and the tensors of a `ComposeCall`, once all steps are done."""
-        parts = self._found
-        arrays: Arrays = {"index": _joined([part.best.index for part in parts]).astype(np.int32)}
-        for name, values in (
-            ("score", [part.best.rank for part in parts]),
-            ("log_ratio", [part.best.score if part.is_ratio else None for part in parts]),
-            ("standard_error", [part.standard_error for part in parts]),
-            ("bias", [part.bias for part in parts]),
-        ):
-            known = [
-                torch.full_like(part.best.score, math.nan) if value is None else value
-                for value, part in zip(values, parts, strict=True)
-            ]
-            arrays[name] = _joined(known).astype(np.float32)
         flat = 0.0 if self._log_prior_given is not None else math.log(len(self._target))
-        normalisers = [
-            part.best.log_normaliser - flat if part.is_ratio else part.best.log_normaliser * math.nan for part in parts
-        ]
-        arrays["log_normaliser"] = _joined(normalisers).astype(np.float32)
-        sizes = _listed([part.sample_size for part in parts])
-        agreements = _listed([part.rank_agreement for part in parts])
-        health = self._judge(sizes, arrays["bias"])
-        bridges = ways.bridges_of(self.way)
-        document = ComposeAnswer(
-            method=ways.method_of(self.way),
-            reason=self._reason,
-            bridge_size=min((len(z) for z, _ in bridges), default=None),
-            effective_sample_size=sizes,
-            bridge_resultant=health.resultant,
-            direct_marginal_spearman=None if agreements is None else [_number(each) for each in agreements],
-            normalised=ways.is_normalised(self.way),
-            value_trusted=health.trusted,
-            warnings=ways.warnings(self.way, health),
-        )
-        return document.model_dump(mode="json"), arrays
-
-    def _judge(self, sizes: list[float] | None, bias: np.ndarray) -> Health:
-        if isinstance(self.way, Closed):
-            return replace(self._health, trusted=ways.is_closed_form_trusted(self.way, self._health))
-        if sizes is None or isinstance(self.way, Compared):
-            return self._health
-        return replace(
-            self._health,
-            trusted=float(np.median(sizes)) >= TRUSTED_SAMPLE_SIZE,
-            num_doubtful=sum(size < TRUSTED_SAMPLE_SIZE for size in sizes),
-            bias=float(np.median(bias)),
-        )
+        return write(self.way, self._found, self._health, reason=self._reason, flat=flat)
 
     # --- the steps ---
 
@@ -391,7 +334,7 @@ class Composer:
                 comparable=way.comparable,
                 resultant=self._health.resultant,
                 sample_size=float(sizes.median()),
-                rank_agreement=None if agreement is None else _number(float(agreement.nanmedian())),
+                rank_agreement=None if agreement is None else number(float(agreement.nanmedian())),
             )
         return method
 
@@ -407,16 +350,3 @@ class Composer:
 
     def _on_device(self, critic: Critic, z: np.ndarray) -> Float[Tensor, "row dim"]:
         return critics.prepare(critic, torch.tensor(z, device=self.device))
-
-
-def _joined(parts: Sequence[Tensor]) -> np.ndarray:
-    return torch.cat(list(parts)).cpu().numpy()
-
-
-def _listed(parts: Sequence[Tensor | None]) -> list[float] | None:
-    known = [part for part in parts if part is not None]
-    return torch.cat(known).tolist() if len(known) == len(parts) else None
-
-
-def _number(value: float) -> float | None:
-    return value if math.isfinite(value) else None
