@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
-import shutil
 from typing import TYPE_CHECKING, Any
 
 import pytest
-import sqlalchemy as sa
 
 from service.contract.artifacts import open_store
 from service.contract.diagnostics import ModelComposition, ModelCompositionList
-from service.contract.host import boot_id
-from service.contract.tables import worker
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
@@ -43,21 +38,8 @@ def served(
 
 
 @pytest.fixture
-async def api(start: Any, served: Any, sqlite_template: Path, tmp_path: Path) -> AsyncIterator[Any]:
-    path = shutil.copy(sqlite_template, tmp_path / "isthmus.db")
-    folder, endpoint, models = served
-    (tmp_path / "store").symlink_to(folder)
-    async with start(f"sqlite:///{path}") as running:
-        row = {"id": "w", "lanes": ["serve"], "kinds": [], "host": "h", "boot": boot_id(), "pid": 1, "version": "0"}
-        with running.service.database.engine.begin() as conn:
-            conn.execute(sa.insert(worker).values(**row, endpoint=endpoint))
-        for name, ref in models.items():
-            running.add_model(f"model_{name}", ref, name=name)
-        running.service.gateway._workers.look_again()
-        for _ in range(100):
-            if running.service.gateway.ready():
-                break
-            await asyncio.sleep(0.02)
+async def api(start_served: Any, served: Any) -> AsyncIterator[Any]:
+    async with start_served(*served) as running:
         yield running
 
 

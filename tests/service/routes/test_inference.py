@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import io
 import json
-import shutil
 from typing import TYPE_CHECKING, Any
 
 import httpx2
@@ -17,7 +15,6 @@ import sqlalchemy as sa
 from PIL import Image
 
 from service.contract.artifacts import open_store
-from service.contract.host import boot_id
 from service.contract.operations import ClassifyResponse, ComposeResponse, EmbeddingsResponse, TokenizeResponse
 from service.contract.tables import checkpoint, embedding_set, job, worker
 
@@ -50,21 +47,8 @@ def served(
 
 
 @pytest.fixture
-async def api(start: Any, served: Any, sqlite_template: Path, tmp_path: Path) -> AsyncIterator[Any]:
-    path = shutil.copy(sqlite_template, tmp_path / "isthmus.db")
-    folder, endpoint, models = served
-    (tmp_path / "store").symlink_to(folder)
-    async with start(f"sqlite:///{path}", max_items=100, max_tokens=2000) as running:
-        row = {"id": "w", "lanes": ["serve"], "kinds": [], "host": "h", "boot": boot_id(), "pid": 1, "version": "0"}
-        with running.service.database.engine.begin() as conn:
-            conn.execute(sa.insert(worker).values(**row, endpoint=endpoint))
-        for model_id, ref in models.items():
-            running.add_model(model_id, ref, name=model_id.replace("model_", ""))
-        running.service.gateway._workers.look_again()
-        for _ in range(100):
-            if running.service.gateway.ready():
-                break
-            await asyncio.sleep(0.02)
+async def api(start_served: Any, served: Any) -> AsyncIterator[Any]:
+    async with start_served(*served, max_items=100, max_tokens=2000) as running:
         yield running
 
 

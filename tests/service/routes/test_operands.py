@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,8 +11,7 @@ import pytest
 import sqlalchemy as sa
 
 from service.contract.artifacts import open_store
-from service.contract.host import boot_id
-from service.contract.tables import embedding_set, worker
+from service.contract.tables import embedding_set
 from service.contract.vectors import Strings, write_index
 
 if TYPE_CHECKING:
@@ -47,21 +45,9 @@ def served(
 
 
 @pytest.fixture
-async def api(start: Any, served: Any, sqlite_template: Path, tmp_path: Path) -> AsyncIterator[Any]:
-    path = shutil.copy(sqlite_template, tmp_path / "isthmus.db")
+async def api(start_served: Any, served: Any) -> AsyncIterator[Any]:
     folder, inference, models = served
-    (tmp_path / "store").symlink_to(folder)
-    async with start(f"sqlite:///{path}", max_items=100) as running:
-        row = {"id": "w", "lanes": ["serve"], "kinds": [], "host": "h", "boot": boot_id(), "pid": 1, "version": "0"}
-        with running.service.database.engine.begin() as conn:
-            conn.execute(sa.insert(worker).values(**row, endpoint=inference.endpoint))
-        for model_id, ref in models.items():
-            running.add_model(model_id, ref, name=model_id.replace("model_", ""))
-        running.service.gateway._workers.look_again()
-        for _ in range(100):
-            if running.service.gateway.ready():
-                break
-            await asyncio.sleep(0.02)
+    async with start_served(folder, inference.endpoint, models, max_items=100) as running:
         yield running
 
 
