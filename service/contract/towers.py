@@ -169,6 +169,13 @@ class Tower(Word):
 Family = Literal["clip", "siglip", "clap", "bert", "distilbert", "mpnet", "roberta", "xlm-roberta"]
 """Whose modules a pre-trained tower is made of."""
 
+_READ_BY: Final[dict[Family, tuple[str, ...]]] = {
+    "clip": ("image", "text"),
+    "siglip": ("image", "text"),
+    "clap": ("audio", "text"),
+}
+"""Kinds of tokens; the other families read text alone."""
+
 
 class PretrainedTower(Word):
     """A tower that was imported: modules of the transformers library, and perhaps a linear read-out behind them.
@@ -201,6 +208,9 @@ class PretrainedTower(Word):
 
     @model_validator(mode="after")
     def _fields_fit(self) -> PretrainedTower:
+        if self.tokens.kind not in (reads := _READ_BY.get(self.family, ("text",))):
+            msg = f"tokens of kind {self.tokens.kind!r}: {self.family} reads {' and '.join(reads)}"
+            raise ValueError(msg)
         if self.new_readout and not self.readout:
             msg = "new_readout needs readout"
             raise ValueError(msg)

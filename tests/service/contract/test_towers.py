@@ -3,9 +3,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from service.contract.errors import Invalid
-from service.contract.towers import Tower, check_start
+from service.contract.towers import PretrainedTower, Tower, check_start
 
 
 def tower(**fields: Any) -> Tower:
@@ -38,3 +39,20 @@ def test_what_differs_is_named_with_both_values(fields: dict[str, Any], message:
     with pytest.raises(Invalid, match=message) as refusal:
         check_start(tower(**fields), 32, tower(), 64)
     assert refusal.value.code == "start_differs"
+
+
+@pytest.mark.parametrize(
+    ("family", "tokens", "reads"),
+    [
+        ("clip", {"kind": "discrete", "vocab": 9, "max_length": 4}, "image and text"),
+        ("clip", {"kind": "audio"}, "image and text"),
+        ("siglip", {"kind": "continuous", "dim": 3, "max_length": 4}, "image and text"),
+        ("clap", {"kind": "image", "size": 8, "patch": 4}, "audio and text"),
+        ("bert", {"kind": "image", "size": 8, "patch": 4}, "text"),
+    ],
+)
+def test_a_family_is_refused_tokens_that_it_cannot_read(family: str, tokens: dict[str, Any], reads: str) -> None:
+    fields = {"family": family, "config": {}, "size": 8, "depth": 1}
+    with pytest.raises(ValidationError, match=f"{family} reads {reads} "):
+        PretrainedTower.model_validate(fields | {"tokens": tokens})
+    PretrainedTower.model_validate(fields | {"tokens": {"kind": "text"}})
